@@ -1,0 +1,254 @@
+"""Backward with respect to key, value and score: key-major, one partial row per (segment, key), then an ordered sum.
+
+A program owns BN entries of one segment's list and walks the segment's queries; nothing is added atomically, so the
+result is the same bit for bit on every run. The reduction walks the segments of each key in order and finds the key's
+entry in each: by ``stop`` where it was born, by ``start`` where it was dropped, by bisection (parts 2 and 3 of a list
+are ordered by position) in between. The tau term of a score's gradient is a difference of one prefix sum of gbar
+(design fact 3).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .base import Choice, Config, Cost, Param, Pow2, Template, next_pow2
+from .forward import pairs
+from .tiles import GATE_KV, GATE_NONE, LOG2E, gate, load_rows, store_rows, tile_error
+from .tiles import __file__ as tiles_file
+
+
+@triton.jit
+def _key_tile(
+    k, v, j, u, born, until, sat_end, begin, end, q_ptr, do_ptr, lse_ptr, delta_ptr, tau_ptr, sq_n, sq_h, sdo_n, sdo_h,
+    N, scale, G: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, GATE: tl.constexpr,
+    WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """dk / scale, dv and the direct part of du of BN keys over queries [begin, end); key n counts where born <= i < until."""
+    BQ: tl.constexpr = BM // HEADS
+    m = tl.arange(0, BM)
+    h = m % HEADS
+    dk = tl.zeros([BN, BD], tl.float32)
+    dv = tl.zeros([BN, BD], tl.float32)
+    du = tl.zeros([BN], tl.float32)
+    log_scale = scale * LOG2E
+    for first in range(begin, end, BQ):
+        i = first + m // HEADS
+        ok = (i < end) & (h < G)
+        token = i
+        if WIDE:
+            token = i.to(tl.int64)
+        q = load_rows(q_ptr, token * sq_n + h * sq_h, 1, ok, D, BD, WIDE)
+        do = load_rows(do_ptr, token * sdo_n + h * sdo_h, 1, ok, D, BD, WIDE)
+        lse = tl.load(lse_ptr + h * N + i, mask=ok, other=0.0) * LOG2E
+        delta = tl.load(delta_ptr + h * N + i, mask=ok, other=0.0)
+        counted = (i[None, :] >= born[:, None]) & (i[None, :] < until[:, None]) & ok[None, :]
+        s = tl.dot(k, tl.trans(q), input_precision="ieee")
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        logit = s * log_scale
+        if GATE != GATE_NONE:
+            tau = tl.load(tau_ptr + i, mask=ok, other=0.0)
+            g = gate(u[:, None], tau[None, :])
+        if GATE == GATE_KV:
+            logit = logit * g
+        a = tl.where(counted, tl.exp2(logit - lse[None, :]), 0.0)
+        if GATE == GATE_NONE:
+            dv = tl.dot(a.to(do.dtype), do, dv, input_precision="ieee")
+            ds = a * (dp - delta[None, :])
+        else:
+            dv = tl.dot((a * g).to(do.dtype), do, dv, input_precision="ieee")
+            ds = a * (g * dp - delta[None, :])
+            dm = a * dp
+            if GATE == GATE_KV:
+                dm += ds * s * scale
+                ds = ds * g
+            du += tl.sum(tl.where(i[None, :] >= sat_end[:, None], dm, 0.0), 1)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv, du
+
+
+@triton.jit(do_not_specialize=["N", "window", "segments"])
+def dkv_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, u_ptr, lse_ptr, delta_ptr, tau_ptr, expiry_ptr, sat_end_ptr, list_ptr, bounds_ptr,
+    dk_ptr, dv_ptr, du_ptr, sdo_b, sdo_h, sdo_n, sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n,
+    N, window, scale, segments, CAP, KV_HEADS, G: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    GATE: tl.constexpr, WIDE: tl.constexpr, SEGMENT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Partials of BN entries of one segment's list: rows (slot * CAP + entry) of dk, dv [.., D] and du, all float32."""
+    BQ: tl.constexpr = BM // HEADS
+    segment = tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64)
+    slot = row * segments + segment
+    entry = tl.program_id(0) * BN + tl.arange(0, BN)
+    length = tl.load(bounds_ptr + slot * 4 + 3)
+    if tl.program_id(0) * BN < length:
+        batch = row // KV_HEADS
+        head = row % KV_HEADS
+        every = entry < length
+        j = tl.load(list_ptr + slot * CAP + entry, mask=every, other=0)
+        k = load_rows(k_ptr + batch * sk_b + head * sk_h, j, sk_n, every, D, BD, WIDE)
+        v = load_rows(v_ptr + batch * sv_b + head * sv_h, j, sv_n, every, D, BD, WIDE)
+        u = tl.load(u_ptr + row * N + j, mask=every, other=0.0)
+        until = tl.load(expiry_ptr + row * N + j, mask=every, other=0)
+        sat_end = tl.load(sat_end_ptr + row * N + j, mask=every, other=0)
+        born = tl.where(every, j + window, N)
+        begin = segment * SEGMENT
+        end = tl.minimum(tl.minimum(begin + SEGMENT, N), tl.max(until, 0))
+        begin += tl.maximum(tl.min(born, 0) - begin, 0) // BQ * BQ
+        dk, dv, du = _key_tile(
+            k, v, j, u, born, until, sat_end, begin, end, q_ptr + batch * sq_b + head * G * sq_h,
+            do_ptr + batch * sdo_b + head * G * sdo_h, lse_ptr + row * G * N, delta_ptr + row * G * N, tau_ptr + row * N,
+            sq_n, sq_h, sdo_n, sdo_h, N, scale, G, HEADS, D, BD, GATE, WIDE, BM, BN,
+        )  # fmt: skip
+        at = slot * CAP + entry
+        store_rows(dk_ptr, at, D, every, dk * scale, D, BD, True)
+        store_rows(dv_ptr, at, D, every, dv, D, BD, True)
+        if GATE != GATE_NONE:
+            tl.store(du_ptr + at, du, mask=every)
+
+
+@triton.jit(do_not_specialize=["N", "window"])
+def band_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    sdo_b, sdo_h, sdo_n, sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n,
+    N, window, scale, KV_HEADS, G: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The window's part of dk and dv [rows, N, D], float32: key j counts for queries [j, j + window), ungated."""
+    row = tl.program_id(1).to(tl.int64)
+    batch = row // KV_HEADS
+    head = row % KV_HEADS
+    begin = tl.program_id(0) * BN
+    j = begin + tl.arange(0, BN)
+    every = j < N
+    k = load_rows(k_ptr + batch * sk_b + head * sk_h, j, sk_n, every, D, BD, WIDE)
+    v = load_rows(v_ptr + batch * sv_b + head * sv_h, j, sv_n, every, D, BD, WIDE)
+    dk, dv, _ = _key_tile(
+        k, v, j, j, j, j + window, j, begin, tl.minimum(N, begin + BN - 1 + window),
+        q_ptr + batch * sq_b + head * G * sq_h, do_ptr + batch * sdo_b + head * G * sdo_h, lse_ptr + row * G * N,
+        delta_ptr + row * G * N, lse_ptr, sq_n, sq_h, sdo_n, sdo_h, N, scale, G, HEADS, D, BD, GATE_NONE, WIDE, BM, BN,
+    )  # fmt: skip
+    store_rows(dk_ptr, row * N + j, D, every, dk * scale, D, BD, True)
+    store_rows(dv_ptr, row * N + j, D, every, dv, D, BD, True)
+
+
+@triton.jit(do_not_specialize=["N"])
+def prefix_kernel(x_ptr, sum_ptr, N, BLOCK: tl.constexpr):
+    """Exclusive prefix sums of each row of x [rows, N], in float64: sum [rows, N + 1]."""
+    row = tl.program_id(0).to(tl.int64)
+    carry = tl.full([], 0.0, tl.float64)
+    tl.store(sum_ptr + row * (N + 1), carry)
+    for i in range(0, N, BLOCK):
+        at = i + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + row * N + at, mask=at < N, other=0.0).to(tl.float64)
+        tl.store(sum_ptr + row * (N + 1) + 1 + at, carry + tl.cumsum(x, 0), mask=at < N)
+        carry += tl.sum(x, 0)
+
+
+@triton.jit
+def _find(list_ptr, lo, hi, j, todo, STEPS: tl.constexpr):
+    """Where j stands in the ascending entries [lo, hi) of a list."""
+    for _ in range(STEPS):
+        mid = (lo + hi) // 2
+        open_ = todo & (lo < hi)
+        less = tl.load(list_ptr + mid, mask=open_, other=0) < j
+        lo = tl.where(open_ & less, mid + 1, lo)
+        hi = tl.where(open_ & ~less, mid, hi)
+    return lo
+
+
+@triton.jit(do_not_specialize=["N", "M", "window", "segments"])
+def reduce_kernel(
+    dk_part_ptr, dv_part_ptr, du_part_ptr, dk_band_ptr, dv_band_ptr, prefix_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr,
+    list_ptr, bounds_ptr, start_ptr, stop_ptr, dk_ptr, dv_ptr, du_ptr, sdk_b, sdk_h, sdk_n, sdv_b, sdv_h, sdv_n,
+    N, M, window, segments, CAP, KV_HEADS, D: tl.constexpr, BD: tl.constexpr, GATE: tl.constexpr,
+    SELECTED: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1).to(tl.int64)
+    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = j < N
+    dk = tl.zeros([BLOCK, BD], tl.float32)
+    dv = tl.zeros([BLOCK, BD], tl.float32)
+    du = tl.zeros([BLOCK], tl.float32)
+    if WINDOW:
+        dk = load_rows(dk_band_ptr, row * N + j, D, inside, D, BD, True)
+        dv = load_rows(dv_band_ptr, row * N + j, D, inside, D, BD, True)
+    if SELECTED:
+        born = j + window
+        expiry = tl.load(expiry_ptr + row * N + j, mask=inside, other=0)
+        sat_end = tl.load(sat_end_ptr + row * N + j, mask=inside, other=0)
+        chosen = inside & (j < M) & (expiry > born)
+        first = tl.where(chosen, born // SEGMENT, segments)
+        final = tl.where(chosen, (expiry - 1) // SEGMENT, -1)
+        in_first = tl.load(stop_ptr + row * N + born, mask=chosen, other=1) - 1
+        in_final = tl.load(start_ptr + row * N + expiry, mask=chosen & (expiry < N), other=1) - 1
+        segment = tl.min(first, 0)
+        last_segment = tl.max(final, 0)
+        while segment <= last_segment:
+            slot = row * segments + segment
+            list_at = list_ptr + slot * CAP
+            here = (first <= segment) & (segment <= final)
+            end = tl.minimum((segment + 1) * SEGMENT, N)
+            whole = sat_end >= end
+            stays = here & (first < segment) & (expiry >= end)
+            dying_end = tl.load(bounds_ptr + slot * 4)
+            free = tl.load(bounds_ptr + slot * 4 + 1)
+            free_end = tl.load(bounds_ptr + slot * 4 + 2)
+            entry = _find(list_at, tl.where(whole, free, dying_end), tl.where(whole, free_end, free), j, stays, STEPS)
+            entry = tl.where(stays, entry, tl.where(first == segment, in_first, in_final))
+            at = slot * CAP + entry
+            dk += load_rows(dk_part_ptr, at, D, here, D, BD, True)
+            dv += load_rows(dv_part_ptr, at, D, here, D, BD, True)
+            if GATE != GATE_NONE:
+                du += tl.load(du_part_ptr + at, mask=here, other=0.0)
+            segment += 1
+        if GATE != GATE_NONE:
+            sup_end = tl.load(sup_end_ptr + row * N + j, mask=inside, other=0)
+            spread = inside & (j < M) & (sup_end > sat_end)
+            prefix_ptr += row * (N + 1)
+            taken = tl.load(prefix_ptr + sup_end, mask=spread, other=0.0)
+            taken -= tl.load(prefix_ptr + sat_end, mask=spread, other=0.0)
+            du = (du.to(tl.float64) - taken).to(tl.float32)
+    batch = row // KV_HEADS
+    head = row % KV_HEADS
+    store_rows(dk_ptr + batch * sdk_b + head * sdk_h, j, sdk_n, inside, dk, D, BD, WIDE)
+    store_rows(dv_ptr + batch * sdv_b + head * sdv_h, j, sdv_n, inside, dv, D, BD, WIDE)
+    tl.store(du_ptr + row * N + j, du, mask=inside)
+
+
+def _default(problem, device):
+    wide = problem.d > 128 or problem.dtype == "fp32"
+    bm = max(32, next_pow2(problem.g))
+    return Config(BM=bm, BN=32 if wide else 64, num_warps=4, num_stages=2, BLOCK=4, reduce_warps=1)
+
+
+def _check(config, problem, device):
+    if config["BM"] * config["BN"] > 64 * 128 or (problem.dtype == "fp32" and config["BM"] * config["BN"] > 64 * 64):
+        return "tile too large: two accumulators and two products do not fit the register file"
+    return tile_error(config, problem, device, 2, 2)
+
+
+def _cost(config, problem):
+    rows = pairs(problem) * problem.rows * next_pow2(problem.g)
+    token = problem.rows * problem.n * problem.d * (2 * problem.g + 4) * (4 if problem.dtype == "fp32" else 2)
+    partials = problem.rows * problem.n * problem.d * 8.0 * (1 + min(problem.k, problem.n) / 1024)
+    return Cost(flops=8.0 * problem.d * rows, bytes=token + 2 * partials, launches=3)
+
+
+TEMPLATE = Template(
+    name="dkv",
+    fields=frozenset({"dtype", "d", "g", "gate", "k", "w", "n", "rows"}),
+    space=(
+        Param("BM", Pow2(16, 128)),
+        Param("BN", Pow2(16, 128)),
+        Param("num_warps", Choice((4, 8))),
+        Param("num_stages", Choice((1, 2, 3))),
+        Param("BLOCK", Pow2(2, 16)),
+        Param("reduce_warps", Choice((1, 2, 4))),
+    ),
+    default=_default,
+    check=_check,
+    cost=_cost,
+    sources=(__file__, tiles_file),
+)

@@ -1,0 +1,172 @@
+"""Backward with respect to the query, and the mean score gradient gbar of every query.
+
+The same tiles and the same list as the forward pass. With a the softmax weight of an ungated key, do . v the product
+with the output gradient and delta = do . o (research summary in ARCHITECTURE.md, "Gradients"):
+gate kv: ds = a (m do.v - delta), g = a do.v + scale ds q.k, dq += scale m ds k; gate v: without the m and the second
+term. gbar_i = (sum over heads and keys of I_i that are selected of g_ij) / |I_i|.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .base import Choice, Config, Cost, Param, Pow2, Template, next_pow2
+from .forward import pairs
+from .tiles import (
+    GATE_KV,
+    GATE_NONE,
+    LOG2E,
+    gate,
+    list_range,
+    load_rows,
+    masked_run,
+    store_rows,
+    tile_error,
+)
+from .tiles import __file__ as tiles_file
+
+
+@triton.jit(do_not_specialize=["N", "window", "segments"])
+def dq_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, u_ptr, o_ptr, lse_ptr, tau_ptr, expiry_ptr, sat_end_ptr, interior_ptr, list_ptr,
+    bounds_ptr, start_ptr, stop_ptr, dq_ptr, delta_ptr, gbar_ptr,
+    sdo_b, sdo_h, sdo_n, sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n, so_b, so_h, so_n, sdq_b, sdq_h, sdq_n,
+    N, window, scale, segments, CAP, KV_HEADS, G: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    GATE: tl.constexpr, SELECTED: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr, SEGMENT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    BQ: tl.constexpr = BM // HEADS
+    row = tl.program_id(1).to(tl.int64)
+    batch = row // KV_HEADS
+    head = row % KV_HEADS
+    first = tl.program_id(0) * BQ
+    last = tl.minimum(first + BQ, N) - 1
+    m = tl.arange(0, BM)
+    i = first + m // HEADS
+    h = m % HEADS
+    ok = (i < N) & (h < G)
+    token = i
+    if WIDE:
+        token = i.to(tl.int64)
+    k_ptr += batch * sk_b + head * sk_h
+    v_ptr += batch * sv_b + head * sv_h
+    u_ptr += row * N
+    expiry_ptr += row * N
+    sat_end_ptr += row * N
+    q = load_rows(q_ptr + batch * sq_b + head * G * sq_h, token * sq_n + h * sq_h, 1, ok, D, BD, WIDE)
+    do = load_rows(do_ptr + batch * sdo_b + head * G * sdo_h, token * sdo_n + h * sdo_h, 1, ok, D, BD, WIDE)
+    o = load_rows(o_ptr + batch * so_b + head * G * so_h, token * so_n + h * so_h, 1, ok, D, BD, WIDE)
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    tl.store(delta_ptr + (row * G + h) * N + i, delta, mask=ok)
+    lse = tl.load(lse_ptr + (row * G + h) * N + i, mask=ok, other=0.0) * LOG2E
+    acc = tl.zeros([BM, BD], tl.float32)
+    g_sum = tl.zeros([BM], tl.float32)
+    log_scale = scale * LOG2E
+    n = tl.arange(0, BN)
+
+    if SELECTED:
+        slot = row * segments + first // SEGMENT
+        list_ptr += slot * CAP
+        lo, free, free_end, hi = list_range(bounds_ptr, start_ptr + row * N, stop_ptr + row * N, slot, first, last, BN)
+        j = tl.load(list_ptr + free + n, mask=free + n < free_end, other=0)
+        for at in range(free, free_end, BN):
+            ahead = at + BN + n
+            next_j = tl.load(list_ptr + ahead, mask=ahead < free_end, other=0)
+            every = n < BN
+            k = load_rows(k_ptr, j, sk_n, every, D, BD, WIDE)
+            v = load_rows(v_ptr, j, sv_n, every, D, BD, WIDE)
+            a = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * log_scale - lse[:, None])
+            ds = a * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+            acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
+            j = next_j
+
+        tau = tl.load(tau_ptr + row * N + i, mask=i < N, other=0.0)
+        steps = tl.cdiv(free - lo, BN) + tl.cdiv(hi - free_end, BN)
+        at, end = masked_run(0, lo, free, free_end, hi, BN)
+        j = tl.load(list_ptr + at + n, mask=at + n < end, other=N)
+        for step in range(0, steps):
+            at, end = masked_run(step + 1, lo, free, free_end, hi, BN)
+            next_j = tl.load(list_ptr + at + n, mask=(at + n < end) & (step + 1 < steps), other=N)
+            every = j < N
+            k = load_rows(k_ptr, j, sk_n, every, D, BD, WIDE)
+            v = load_rows(v_ptr, j, sv_n, every, D, BD, WIDE)
+            u = tl.load(u_ptr + j, mask=every, other=0.0)
+            expiry = tl.load(expiry_ptr + j, mask=every, other=0)
+            g = gate(u[None, :], tau[:, None])
+            s = tl.dot(q, tl.trans(k), input_precision="ieee")
+            dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+            logit = s * log_scale
+            if GATE == GATE_KV:
+                logit = logit * g
+            selected = (i[:, None] < expiry[None, :]) & (i[:, None] >= (j + window)[None, :])
+            a = tl.where(selected, tl.exp2(logit - lse[:, None]), 0.0)
+            if GATE == GATE_NONE:
+                ds = a * (dp - delta[:, None])
+            else:
+                ds = a * (g * dp - delta[:, None])
+                dm = a * dp
+                if GATE == GATE_KV:
+                    dm += ds * s * scale
+                    ds = ds * g
+                sat_end = tl.load(sat_end_ptr + j, mask=every, other=0)
+                g_sum += tl.sum(tl.where(i[:, None] >= sat_end[None, :], dm, 0.0), 1)
+            acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
+            j = next_j
+
+    if WINDOW:
+        for at in range(tl.maximum(first - window + 1, 0), last + 1, BN):
+            j = at + n
+            every = j <= last
+            k = load_rows(k_ptr, j, sk_n, every, D, BD, WIDE)
+            v = load_rows(v_ptr, j, sv_n, every, D, BD, WIDE)
+            logit = tl.dot(q, tl.trans(k), input_precision="ieee") * log_scale
+            inside = (j[None, :] <= i[:, None]) & (j[None, :] > (i - window)[:, None])
+            a = tl.where(inside, tl.exp2(logit - lse[:, None]), 0.0)
+            ds = a * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+            acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
+
+    dq_ptr += batch * sdq_b + head * G * sdq_h
+    store_rows(dq_ptr, token * sdq_n + h * sdq_h, 1, ok, acc * scale, D, BD, WIDE)
+    if GATE != GATE_NONE:
+        query = first + tl.arange(0, BQ)
+        interior = tl.load(interior_ptr + row * N + query, mask=query < N, other=1)
+        # Rows of missing heads read q = do = 0, so they add nothing.
+        total = tl.sum(tl.reshape(tl.where(ok, g_sum, 0.0), [BQ, HEADS]), 1)
+        gbar = tl.where(interior > 0, total / tl.maximum(interior, 1).to(tl.float32), 0.0)
+        tl.store(gbar_ptr + row * N + query, gbar, mask=query < N)
+
+
+def _default(problem, device):
+    wide = problem.d > 128 or problem.dtype == "fp32"
+    heads = next_pow2(problem.g)
+    return Config(BM=max(32 if wide else 64, heads), BN=32, num_warps=4, num_stages=2)
+
+
+def _check(config, problem, device):
+    if config["BM"] * config["BN"] > 128 * 64 and problem.dtype == "fp32":
+        return "fp32 tile too large for the register file"
+    return tile_error(config, problem, device, 2, 2)
+
+
+def _cost(config, problem):
+    rows = pairs(problem) * problem.rows * next_pow2(problem.g)
+    waste = 1 + config["BM"] / next_pow2(problem.g) / max(problem.k, 1)
+    token = problem.rows * problem.n * problem.d * (4 * problem.g + 2) * (4 if problem.dtype == "fp32" else 2)
+    return Cost(flops=6.0 * problem.d * rows * waste, bytes=float(token))
+
+
+TEMPLATE = Template(
+    name="dq",
+    fields=frozenset({"dtype", "d", "g", "gate", "k", "w", "n", "rows"}),
+    space=(
+        Param("BM", Pow2(16, 128)),
+        Param("BN", Pow2(16, 128)),
+        Param("num_warps", Choice((4, 8))),
+        Param("num_stages", Choice((1, 2, 3))),
+    ),
+    default=_default,
+    check=_check,
+    cost=_cost,
+    sources=(__file__, tiles_file),
+)

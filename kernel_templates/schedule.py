@@ -1,0 +1,171 @@
+"""Schedule: per segment of SEGMENT queries, the keys that its queries select, in an order that serves every kernel.
+
+A segment's list holds, one after the other:
+  1. the keys alive at its start that are dropped inside it, by expiry;
+  2. those that outlive it and are not saturated (gate 1) for all of it, by position;
+  3. those that outlive it and are saturated for all of it, by position (no mask, no gate);
+  4. the keys born inside it, by position.
+A tile of queries reads one contiguous range: from the first key of part 1 that is still alive to the last of part 4 born.
+Part 1 comes straight from the keys by the query that drops them (at most one each); parts 2 and 3 from the keys alive at the
+segment's start, found level by level: a node's alive keys are its parent's that live on, and those born since.
+Design fact 2 bounds each list: at most ``min(k, M) + SEGMENT`` keys.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .base import Choice, Config, Cost, Param, Pow2, Template
+
+
+@triton.jit
+def _append(list_ptr, count, j, keep):
+    """Append the kept entries of j, in order; returns the new count."""
+    kept = keep.to(tl.int32)
+    tl.store(list_ptr + count + tl.cumsum(kept, 0) - kept, j, mask=keep)
+    return count + tl.sum(kept, 0)
+
+
+@triton.jit(do_not_specialize=["N", "window"])
+def evicted_kernel(expiry_ptr, evicted_ptr, N, window, BLOCK: tl.constexpr):
+    """By query, the key that was selected before and is dropped there: at most one, so nothing collides. Expects -1s."""
+    row = tl.program_id(1).to(tl.int64)
+    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    expiry = tl.load(expiry_ptr + row * N + j, mask=j < N, other=0)
+    tl.store(evicted_ptr + row * N + expiry, j, mask=(j < N) & (expiry < N) & (expiry > j + window))
+
+
+@triton.jit(do_not_specialize=["N", "M", "window", "parents"])
+def alive_kernel(
+    expiry_ptr, parent_ptr, parent_count_ptr, list_ptr, count_ptr, N, M, window, parents, CAP, SIZE: tl.constexpr,
+    PARENT_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Keys selected both before and at query node * SIZE, by position. PARENT_SIZE 0: no parent, start from the first key."""
+    node = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    nodes = tl.num_programs(0)
+    expiry_ptr += row * N
+    list_ptr += (row * nodes + node) * CAP
+    begin = node * SIZE
+    at = tl.arange(0, BLOCK)
+    count = begin * 0
+    first = -window
+    if PARENT_SIZE > 0:
+        parent = begin // PARENT_SIZE
+        first = parent * PARENT_SIZE - window
+        parent_ptr += (row * parents + parent) * CAP
+        inherited = tl.load(parent_count_ptr + row * parents + parent)
+        for i in range(0, inherited, BLOCK):
+            inside = i + at < inherited
+            j = tl.load(parent_ptr + i + at, mask=inside, other=0)
+            keep = inside & (tl.load(expiry_ptr + j, mask=inside, other=0) > begin)
+            count = _append(list_ptr, count, j, keep)
+    last = tl.minimum(begin - window, M)
+    for i in range(tl.maximum(first, 0), last, BLOCK):
+        j = i + at
+        keep = (j < last) & (tl.load(expiry_ptr + j, mask=j < last, other=0) > begin)
+        count = _append(list_ptr, count, j, keep)
+    tl.store(count_ptr + row * nodes + node, count)
+
+
+@triton.jit(do_not_specialize=["N", "M", "window"])
+def segments_kernel(
+    expiry_ptr, sat_end_ptr, evicted_ptr, alive_ptr, alive_count_ptr, list_ptr, bounds_ptr, start_ptr, stop_ptr,
+    N, M, window, ALIVE_CAP, CAP, SEGMENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Lay out the list of one segment.
+
+    bounds [rows, segments, 4]: ends of the four parts. start [rows, N]: first entry still alive at a query;
+    stop [rows, N]: one past the last entry born by a query.
+    """
+    segment = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    slot = row * tl.num_programs(0) + segment
+    expiry_ptr += row * N
+    sat_end_ptr += row * N
+    start_ptr += row * N
+    stop_ptr += row * N
+    list_ptr += slot * CAP
+    alive_ptr += slot * ALIVE_CAP
+    begin = segment * SEGMENT
+    end = tl.minimum(begin + SEGMENT, N)
+    at = tl.arange(0, BLOCK)
+    alive = tl.load(alive_count_ptr + slot)
+
+    count = begin * 0
+    for i in range(begin, end, BLOCK):
+        query = i + at
+        inside = query < end
+        j = tl.load(evicted_ptr + row * N + query, mask=inside, other=-1)
+        keep = (j >= 0) & (j + window < begin) & (query > begin)
+        tl.store(start_ptr + query, count + tl.cumsum(keep.to(tl.int32), 0), mask=inside)
+        count = _append(list_ptr, count, j, keep)
+    tl.store(bounds_ptr + slot * 4, count)
+
+    for saturated in tl.static_range(2):
+        for i in range(0, alive, BLOCK):
+            inside = i + at < alive
+            j = tl.load(alive_ptr + i + at, mask=inside, other=0)
+            stays = inside & (tl.load(expiry_ptr + j, mask=inside, other=0) >= end)
+            whole = tl.load(sat_end_ptr + j, mask=inside, other=0) >= end
+            if saturated:
+                count = _append(list_ptr, count, j, stays & whole)
+            else:
+                count = _append(list_ptr, count, j, stays & ~whole)
+        tl.store(bounds_ptr + slot * 4 + 1 + saturated, count)
+
+    for i in range(begin, end, BLOCK):
+        query = i + at
+        inside = query < end
+        j = query - window
+        candidate = inside & (j >= 0)
+        keep = candidate & (tl.load(expiry_ptr + j, mask=candidate, other=0) > query)
+        tl.store(stop_ptr + query, count + tl.cumsum(keep.to(tl.int32), 0), mask=inside)
+        count = _append(list_ptr, count, j, keep)
+    tl.store(bounds_ptr + slot * 4 + 3, count)
+
+
+FANOUT = 16  # nodes per parent: each level reads its parents' keys and those born within one parent
+
+
+def levels(segment: int, n: int) -> list[int]:
+    """Node sizes, coarsest first, of the tree whose leaves are the segments of a row of length n."""
+    sizes = [segment]
+    while sizes[-1] * FANOUT < n:
+        sizes.append(sizes[-1] * FANOUT)
+    return sizes[::-1]
+
+
+def _default(problem, device):
+    return Config(SEGMENT=512 if problem.k <= 512 else 1024, BLOCK=512, num_warps=4)
+
+
+def _check(config, problem, device):
+    if config["BLOCK"] > config["SEGMENT"]:
+        return "BLOCK exceeds SEGMENT"
+    if config["BLOCK"] < 32 * config["num_warps"]:
+        return "BLOCK leaves threads without a key"
+    return None
+
+
+def _cost(config, problem):
+    rows_per_key = (min(problem.k, problem.n) + config["SEGMENT"]) / config["SEGMENT"]
+    keys = problem.rows * problem.n
+    visits = keys * (2 * rows_per_key + FANOUT)
+    return Cost(flops=8.0 * visits, bytes=keys * (20.0 + 12.0 * rows_per_key), launches=3 + len(levels(config["SEGMENT"], problem.n)))
+
+
+TEMPLATE = Template(
+    name="schedule",
+    fields=frozenset({"dtype", "d", "g", "gate", "k", "w", "n", "rows"}),
+    space=(
+        Param("SEGMENT", Pow2(256, 4096)),
+        Param("BLOCK", Pow2(256, 1024)),
+        Param("num_warps", Choice((1, 2, 4, 8))),
+    ),
+    default=_default,
+    check=_check,
+    cost=_cost,
+    sources=(__file__,),
+)
