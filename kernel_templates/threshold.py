@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .base import Choice, Config, Cost, Param, Pow2, Template
+from .base import Choice, Config, Cost, Param, Pow2, Template, next_pow2
 
 
 @triton.jit
@@ -134,10 +134,119 @@ def _advance(r, count, total, equal, value, ev_q_ptr, ev_t_ptr, tend, goal, WIND
 
 
 @triton.jit
+def _store_state(ptr, r, count, total, equal):
+    tl.store(ptr, r.to(tl.int64))
+    tl.store(ptr + 1, count)
+    tl.store(ptr + 2, total)
+    tl.store(ptr + 3, equal)
+
+
+@triton.jit
+def _tabulate(ev_q_ptr, ev_t_ptr, table_ptr, last, blocks, SPAN: tl.constexpr, COARSE: tl.constexpr, WINDOW: tl.constexpr, TAU: tl.constexpr):  # fmt: skip
+    block = tl.program_id(0)
+    stop = tl.minimum((block + 1) * SPAN, last)
+    for i in range(block * SPAN, stop, WINDOW):
+        at = i + tl.arange(0, WINDOW)
+        inside = at < stop
+        code = tl.load(ev_t_ptr + at, mask=inside, other=0)
+        cell = table_ptr + ((code >> 1) // COARSE * blocks + block) * 2
+        sign = (1 - 2 * (code & 1)).to(tl.int64)
+        tl.atomic_add(cell, sign, mask=inside, sem="relaxed")  # integers: the order of the additions does not matter
+        if TAU:
+            q = tl.load(ev_q_ptr + at, mask=inside, other=0)
+            tl.atomic_add(cell + 1, sign * q, mask=inside, sem="relaxed")
+
+
+@triton.jit
+def table_kernel(
+    ev_q_ptr, ev_t_ptr, rank_t_ptr, table_ptr, M, blocks, chunks, SPAN: tl.constexpr, COARSE: tl.constexpr,
+    WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Sums of signs and of signed values by (COARSE keys, SPAN events), for tau (axis 1: 0) and kappa (1), into the zeros
+    of table [rows, 2, chunks, blocks, 2]."""
+    row = tl.program_id(2).to(tl.int64)
+    table_ptr += (row * 2 + tl.program_id(1)) * chunks * blocks * 2
+    if tl.program_id(1) == 0:
+        _tabulate(ev_q_ptr + row * 2 * M, ev_t_ptr + row * 2 * M, table_ptr, 2 * M, blocks, SPAN, COARSE, WINDOW, True)
+    else:
+        _tabulate(ev_q_ptr, rank_t_ptr + row * M, table_ptr, M, blocks, SPAN, COARSE, WINDOW, False)
+
+
+@triton.jit
+def _start(
+    table_ptr, state_ptr, us_ptr, ev_q_ptr, ev_t_ptr, blocks, M, K, LOG: tl.constexpr, BLOCKS: tl.constexpr,
+    SPAN: tl.constexpr, COARSE: tl.constexpr, WINDOW: tl.constexpr, TAU: tl.constexpr,
+):  # fmt: skip
+    chunk = tl.program_id(0)
+    b = tl.arange(0, BLOCKS)
+    counts = tl.zeros([BLOCKS], tl.int64)
+    totals = tl.zeros([BLOCKS], tl.int64)
+    for earlier in range(0, chunk):
+        cell = table_ptr + (earlier * blocks + b) * 2
+        counts += tl.load(cell, mask=b < blocks, other=0)
+        totals += tl.load(cell + 1, mask=b < blocks, other=0)
+    counts = tl.cumsum(counts, 0)
+    totals = tl.cumsum(totals, 0)
+    last = M
+    goal = K.to(tl.int64)
+    if TAU:
+        last = 2 * M
+        goal = goal * _fixed_point(us_ptr, M, LOG)
+    edge = (b + 1) * SPAN
+    reached = counts >= goal
+    if TAU:
+        q = tl.load(ev_q_ptr + edge, mask=edge < last, other=0)
+        reached = totals - counts * q >= goal
+    reached = reached & (edge < last)
+    # The first edge at which the goal is reached, else the end of all events.
+    found = tl.minimum(tl.min(tl.where(reached, b, BLOCKS), 0), blocks - 1)
+    r = tl.minimum((found + 1) * SPAN, last)
+    count = tl.sum(tl.where(b == found, counts, 0), 0)
+    total = tl.sum(tl.where(b == found, totals, 0), 0)
+    equal = tl.full([], 0, tl.int64)
+    value = tl.full([], -(1 << 62), tl.int64)
+    tend = chunk * COARSE
+    if TAU:
+        value = tl.load(ev_q_ptr + r, mask=r < last, other=-(1 << 62))
+        at = r + tl.arange(0, WINDOW)
+        more = r < last
+        while more:
+            same = (at < last) & (tl.load(ev_q_ptr + at, mask=at < last, other=0) == value)
+            code = tl.load(ev_t_ptr + at, mask=same, other=0)
+            equal += tl.sum((same & ((code >> 1) < tend) & ((code & 1) == 1)).to(tl.int64), 0)
+            more = tl.sum(same.to(tl.int32), 0) == WINDOW
+            at += WINDOW
+    r, count, total, equal, value = _advance(r, count, total, equal, value, ev_q_ptr, ev_t_ptr, tend, goal, WINDOW, TAU)
+    _store_state(state_ptr + chunk * 4, r, count, total, equal)
+
+
+@triton.jit(do_not_specialize=["K"])
+def start_kernel(
+    table_ptr, state_ptr, us_ptr, ev_q_ptr, ev_t_ptr, rank_t_ptr, blocks, M, K, LOG: tl.constexpr,
+    BLOCKS: tl.constexpr, SPAN: tl.constexpr, COARSE: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """The walk's state at every COARSE-th key, from the table: state [rows, 2, chunks, 4]."""
+    row = tl.program_id(2).to(tl.int64)
+    chunks = tl.num_programs(0)
+    table_ptr += (row * 2 + tl.program_id(1)) * chunks * blocks * 2
+    state_ptr += (row * 2 + tl.program_id(1)) * chunks * 4
+    us_ptr += row * M
+    if tl.program_id(1) == 0:
+        _start(
+            table_ptr, state_ptr, us_ptr, ev_q_ptr + row * 2 * M, ev_t_ptr + row * 2 * M, blocks, M, K, LOG, BLOCKS,
+            SPAN, COARSE, WINDOW, True,
+        )  # fmt: skip
+    else:
+        _start(
+            table_ptr, state_ptr, us_ptr, ev_q_ptr, rank_t_ptr + row * M, blocks, M, K, LOG, BLOCKS, SPAN, COARSE, WINDOW,
+            False,
+        )  # fmt: skip
+
+
+@triton.jit
 def _walk(
     state_in_ptr, state_out_ptr, us_ptr, ev_q_ptr, ev_t_ptr, key_ptr, key_q_ptr, pointer_ptr, tau_ptr, interior_ptr,
-    chunk, chunks, steps, M, K, LOG: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr, WINDOW: tl.constexpr,
-    FIRST: tl.constexpr, TAU: tl.constexpr,
+    chunk, M, K, LOG: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr, WINDOW: tl.constexpr, TAU: tl.constexpr,
 ):  # fmt: skip
     one = _fixed_point(us_ptr, M, LOG)
     last = M
@@ -145,29 +254,18 @@ def _walk(
     if TAU:
         last = 2 * M
         goal = goal * one
-    r = last
-    count = tl.full([], 0, tl.int64)
-    total = tl.full([], 0, tl.int64)
-    equal = tl.full([], 0, tl.int64)
-    if not FIRST:
-        r = tl.load(state_in_ptr + chunk * 4).to(tl.int32)
-        count = tl.load(state_in_ptr + chunk * 4 + 1)
-        total = tl.load(state_in_ptr + chunk * 4 + 2)
-        equal = tl.load(state_in_ptr + chunk * 4 + 3)
+    r = tl.load(state_in_ptr + chunk * 4).to(tl.int32)
+    count = tl.load(state_in_ptr + chunk * 4 + 1)
+    total = tl.load(state_in_ptr + chunk * 4 + 2)
+    equal = tl.load(state_in_ptr + chunk * 4 + 3)
     value = tl.full([], -(1 << 62), tl.int64)
     if TAU:
         value = tl.load(ev_q_ptr + r, mask=r < last, other=-(1 << 62))
     t0 = chunk * CHUNK
     stop = tl.minimum(t0 + CHUNK, M)
-    if FIRST:
-        stop = M
     while t0 < stop:
         if STEP > 1:
-            at = state_out_ptr + (t0 // STEP) * 4
-            tl.store(at, r.to(tl.int64))
-            tl.store(at + 1, count)
-            tl.store(at + 2, total)
-            tl.store(at + 3, equal)
+            _store_state(state_out_ptr + (t0 // STEP) * 4, r, count, total, equal)
         tend = tl.minimum(t0 + STEP, stop)
         count, total, equal = _insert(r, count, total, equal, value, key_ptr, key_q_ptr, t0, tend, M, one, STEP, TAU)
         r, count, total, equal, value = _advance(
@@ -191,7 +289,7 @@ def _walk(
 def walk_kernel(
     state_in_ptr, state_out_ptr, us_ptr, ev_q_ptr, ev_t_ptr, rank_t_ptr, key_ptr, key_q_ptr, pointer_ptr, tau_ptr,
     interior_ptr, chunks, steps, M, N, shift, K, LOG: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
-    WINDOW: tl.constexpr, FIRST: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One level of the walk: from each state in (every CHUNK keys) to states out (every STEP keys), or, at STEP 1, to
     the results. Program axis 1: tau (0) or kappa (1). ``shift`` is the window: results of prefix t belong to query t + shift.
@@ -207,13 +305,13 @@ def walk_kernel(
         _walk(
             state_in_ptr + row * 8 * chunks, state_out_ptr + row * 8 * steps, us_ptr, ev_q_ptr + row * 2 * M,
             ev_t_ptr + row * 2 * M, key_ptr, key_q_ptr, pointer_ptr + row * 2 * M, tau_ptr, interior_ptr,
-            chunk, chunks, steps, M, K, LOG, CHUNK, STEP, WINDOW, FIRST, True,
+            chunk, M, K, LOG, CHUNK, STEP, WINDOW, True,
         )  # fmt: skip
     else:
         _walk(
             state_in_ptr + (row * 2 + 1) * 4 * chunks, state_out_ptr + (row * 2 + 1) * 4 * steps, us_ptr, ev_q_ptr,
             rank_t_ptr + row * M, key_ptr, key_q_ptr, pointer_ptr + (row * 2 + 1) * M, tau_ptr, interior_ptr,
-            chunk, chunks, steps, M, K, LOG, CHUNK, STEP, WINDOW, FIRST, False,
+            chunk, M, K, LOG, CHUNK, STEP, WINDOW, False,
         )  # fmt: skip
 
 
@@ -254,6 +352,13 @@ def intervals_kernel(
     tl.store(sup_end_ptr + row * N + j, tl.where(sup_end < M, sup_end + shift, N), mask=inside)
 
 
+def cuts(m: int, coarse: int) -> tuple[int, int, int]:
+    """Keys per chunk, events per block and number of blocks of the table: at most 256 x 512 cells, so memory stays linear."""
+    chunk = max(coarse, next_pow2(-(-m // 256)))
+    span = max(1024, next_pow2(-(-2 * m // 512)))
+    return chunk, span, -(-2 * m // span)
+
+
 def _default(problem, device):
     return Config(COARSE=1024, FINE=32, coarse_window=1024, fine_window=128, coarse_warps=4, fine_warps=1)
 
@@ -271,7 +376,7 @@ def _cost(config, problem):
     keys = problem.rows * problem.n
     logn = max(1, problem.n.bit_length())
     # sort passes over (4 + 8) B, events written and read at two levels, binary searches from L2
-    return Cost(flops=keys * 40.0 * logn, bytes=keys * (12.0 * 8 + 36.0 * 3 + 24.0), launches=9)
+    return Cost(flops=keys * 40.0 * logn, bytes=keys * (12.0 * 8 + 36.0 * 3 + 24.0), launches=10)
 
 
 TEMPLATE = Template(

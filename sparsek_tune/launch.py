@@ -81,16 +81,26 @@ def threshold(scores: Tensor, k: int, window: int, config: Config) -> Selection:
         threshold_t.events_kernel, (triton.cdiv(m, 256), rows),
         us, order, events, codes, rank_codes, values, keys, m, LOG=log, BLOCK=256, num_warps=4,
     )  # fmt: skip
-    coarse, fine = config["COARSE"], config["FINE"]
-    state, chunks = keys, 1
-    for chunk, step, walk in ((0, coarse, "coarse"), (coarse, fine, "coarse"), (fine, 1, "fine")):
+    coarse, span, blocks = threshold_t.cuts(m, config["COARSE"])
+    chunks = triton.cdiv(m, coarse)
+    table = scores.new_zeros((rows, 2, chunks, blocks, 2), dtype=torch.int64)
+    _run(
+        threshold_t.table_kernel, (blocks, 2, rows),
+        events, codes, rank_codes, table, m, blocks, chunks, SPAN=span, COARSE=coarse, WINDOW=1024, num_warps=4,
+    )  # fmt: skip
+    state = scores.new_empty((rows, 2, chunks, 4), dtype=torch.int64)
+    _run(
+        threshold_t.start_kernel, (chunks, 2, rows),
+        table, state, us, events, codes, rank_codes, blocks, m, k, LOG=log, BLOCKS=next_pow2(blocks), SPAN=span,
+        COARSE=coarse, WINDOW=config["coarse_window"], num_warps=config["coarse_warps"],
+    )  # fmt: skip
+    for chunk, step, walk in ((coarse, config["FINE"], "coarse"), (config["FINE"], 1, "fine")):
         steps = triton.cdiv(m, step)
         out = scores.new_empty((rows, 2, steps, 4), dtype=torch.int64) if step > 1 else state
         _run(
             threshold_t.walk_kernel, (chunks, 2, rows),
             state, out, us, events, codes, rank_codes, keys, values, pointers, tau, interior, chunks, steps, m, n, window,
-            k, LOG=log, CHUNK=chunk, STEP=step, WINDOW=config[f"{walk}_window"], FIRST=chunk == 0,
-            num_warps=config[f"{walk}_warps"],
+            k, LOG=log, CHUNK=chunk, STEP=step, WINDOW=config[f"{walk}_window"], num_warps=config[f"{walk}_warps"],
         )  # fmt: skip
         state, chunks = out, steps
     _run(
