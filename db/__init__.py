@@ -1,0 +1,1 @@
+"""The database of measurements and winners: ``store`` writes (SQLAlchemy), ``reader`` serves (standard library)."""

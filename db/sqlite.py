@@ -1,0 +1,117 @@
+"""Opens the SQLite file for writing: safe journal mode, migrations, and a refusal of every file that is not ours."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from sparsek_tune.db.errors import CorruptError, ReadOnlyError, explain
+from sparsek_tune.db.reader import BUSY_SECONDS, schema_version
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+_NETWORK = re.compile(
+    r"nfs\d?|cifs|smb\w*|lustre|ceph|gpfs|beegfs|afs|9p|glusterfs|fuse\.(sshfs|glusterfs|ceph\S*|juicefs)"
+)
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """A connection that may write. It leaves transactions to the caller (no implicit BEGIN). Raises sqlite3.Error."""
+    connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+    try:
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA synchronous = NORMAL")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def prepare(path: Path) -> None:
+    """Make the file ``path`` where it is missing, and bring its schema up to date. Raises DatabaseError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ReadOnlyError(
+            f"the directory {path.parent} cannot be made ({error.strerror}): set SPARSEK_TUNE_CACHE to another file"
+        ) from error
+    try:
+        connection = connect(path)
+        try:
+            schema_version(connection, path)  # before anything is written
+            _check(connection, path)
+            _set_journal(connection, "delete" if is_network(path) else "wal")
+            _migrate(connection, path)
+        finally:
+            connection.close()
+    except sqlite3.Error as error:
+        raise explain(path, error) from error
+
+
+def is_network(path: Path, mounts: Path = Path("/proc/mounts")) -> bool:
+    """Whether ``path`` lies on a network file system, where WAL's shared memory would not be shared."""
+    try:
+        lines = [line.split() for line in mounts.read_text(encoding="utf-8", errors="replace").splitlines()]
+    except OSError:
+        return False
+    target = path.absolute().parent.resolve()
+    found = [(m[1].replace("\\040", " "), m[2]) for m in lines if len(m) > 2]
+    inside = [(len(point), kind) for point, kind in found if target.is_relative_to(point)]
+    # Of mounts on one point the last is the visible one; max() keeps the first of equals, so look from the end.
+    kind = max(reversed(inside), key=lambda m: m[0], default=(0, ""))[1]
+    return _NETWORK.fullmatch(kind) is not None
+
+
+def migrations() -> dict[int, str]:
+    """Schema version to the SQL that leads to it."""
+    return {int(file.name[:4]): file.read_text(encoding="utf-8") for file in sorted(MIGRATIONS.glob("*.sql"))}
+
+
+def _check(connection: sqlite3.Connection, path: Path) -> None:
+    verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if verdict != "ok":
+        raise CorruptError(
+            f"the database {path} is damaged: move it away, restore a copy, or set SPARSEK_TUNE_CACHE to another file "
+            f"(SQLite: {verdict})"
+        )
+
+
+def _set_journal(connection: sqlite3.Connection, mode: str) -> None:
+    """The switch does not heed the busy timeout, so try it again while another process is in the way."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while connection.execute("PRAGMA journal_mode").fetchone()[0] != mode:
+        try:
+            connection.execute(f"PRAGMA journal_mode = {mode}")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
+def _migrate(connection: sqlite3.Connection, path: Path) -> None:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        version = schema_version(connection, path)  # again: another process may have been faster
+        for number, script in migrations().items():
+            if number > version:
+                for statement in _statements(script):
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA user_version = {number}")
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+def _statements(script: str) -> Iterator[str]:
+    """The statements of ``script`` one by one: ``executescript`` would commit the transaction first."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""

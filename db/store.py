@@ -1,0 +1,324 @@
+"""Writes measurements and winners, and reads them back for the tuner and the command line.
+
+    with Store(path) as store:
+        run = store.start_run("sparsek-tune run ...")
+        m = store.record(device, template, problem, config, Measured("ok", median_ms=0.2, samples=50), run)
+        store.set_winner(m, default_ms=0.3, tuned_ms=0.2)
+        store.finish_run(run)
+
+Every call is one transaction, committed when it returns: a kill loses nothing that was recorded. A connection lives no
+longer than its call, so a Store may be used from any thread and carries nothing over a fork.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsek_tune.db import reader, sqlite
+from sparsek_tune.db.errors import DatabaseError, explain
+from sparsek_tune.db.reader import Entry, default_path
+from sparsek_tune.db.schema import (
+    OUTCOMES,
+    STATUSES,
+    Base,
+    ConfigRow,
+    DeviceRow,
+    MeasurementRow,
+    ProblemRow,
+    RunRow,
+    TemplateRow,
+    WinnerRow,
+)
+from sqlalchemy import Connection, create_engine, event, exc, func, select
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
+
+from sparsek_tune.problem import Device, Problem
+
+if TYPE_CHECKING:  # the package of the templates imports triton
+    from sparsek_tune.kernel_templates.base import Config, Template
+
+__all__ = ["DatabaseError", "Measured", "Recorded", "Store", "Summary", "default_path"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came of one attempt at one config.
+
+    status: "ok" (verified and timed), "static" (verified; the time, if any, is the cost model's), or the way it failed:
+    "infeasible" (constraint, spill), "compile", "timeout", "runtime" (launch or execution), "wrong" (bad result).
+    median_ms, ci_low_ms, ci_high_ms: milliseconds, of "ok" and "static" alone; samples: how many timings they rest on.
+    reason: why it failed. protocol: how it was measured (JSON values). Raises ValueError on any other combination.
+    """
+
+    status: str
+    median_ms: float | None = None
+    ci_low_ms: float | None = None
+    ci_high_ms: float | None = None
+    samples: int = 0
+    reason: str = ""
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise ValueError(f"status must be one of {', '.join(STATUSES)}, but is {self.status!r}")
+        times = [t for t in (self.median_ms, self.ci_low_ms, self.ci_high_ms) if t is not None]
+        if not all(isfinite(t) and t > 0 for t in times):
+            raise ValueError(f"median_ms, ci_low_ms and ci_high_ms must be finite and above 0, but are {times}")
+        if self.status == "ok" and self.median_ms is None:
+            raise ValueError("median_ms must be given where status is 'ok', but is None")
+        if self.status not in ("ok", "static") and times:
+            raise ValueError(f"median_ms must be None where status is {self.status!r}, but times are {times}")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A stored measurement: ``id`` is what :meth:`Store.set_winner` takes."""
+
+    id: int
+    config: Config
+    result: Measured
+    created_at: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All that is stored for one device, template and (projected) problem. ``counts``: attempts by status."""
+
+    device: Device
+    template: str
+    source_hash: str
+    problem: Problem
+    counts: Mapping[str, int]
+    winner: Entry | None
+
+
+class Store:
+    """The database file ``path`` (None: :func:`default_path`); made, with its directories, where it is missing.
+
+    ``read_only`` opens an existing file and never writes: for looking at files of others. Every method raises
+    DatabaseError (a subclass says what is wrong; the message how to mend it). No file is ever deleted or overwritten.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, read_only: bool = False) -> None:
+        self.path = Path(path) if path else default_path()
+        if read_only:
+            reader.connect(self.path).close()
+        else:
+            sqlite.prepare(self.path)
+        opener = reader.connect if read_only else sqlite.connect
+        engine = create_engine("sqlite://", creator=lambda: opener(self.path), poolclass=NullPool)
+        event.listen(engine, "begin", _begin)
+        self._read, self._write = engine, engine.execution_options(sparsek_begin="IMMEDIATE")
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._read.dispose()
+
+    @contextmanager
+    def _session(self, write: bool = False) -> Iterator[Session]:
+        try:
+            with Session(self._write if write else self._read) as session, session.begin():
+                yield session
+        except exc.DBAPIError as error:
+            if not isinstance(error.orig, sqlite3.Error):
+                raise
+            raise explain(self.path, error.orig) from error
+        except sqlite3.Error as error:
+            raise explain(self.path, error) from error
+
+    def start_run(self, command: str) -> int:
+        """Note that ``command`` began to tune here; returns the run's id for :meth:`record`."""
+        with self._session(write=True) as session:
+            row = RunRow(
+                command=command, host=socket.gethostname(), pid=os.getpid(), outcome="running", started_at=_now()
+            )
+            session.add(row)
+            session.flush()
+            return row.id
+
+    def finish_run(self, run: int, outcome: str = "done") -> None:
+        """Note how ``run`` ended: "done", "interrupted" or "failed". A run that was killed stays "running"."""
+        if outcome not in OUTCOMES[1:]:
+            raise ValueError(f"outcome must be one of {', '.join(OUTCOMES[1:])}, but is {outcome!r}")
+        with self._session(write=True) as session:
+            row = session.get_one(RunRow, run)
+            row.outcome, row.finished_at = outcome, _now()
+
+    def record(
+        self, device: Device, template: Template, problem: Problem, config: Config, result: Measured, run: int
+    ) -> int:
+        """Append one measurement and commit it; returns its id. ``problem`` is projected on ``template.fields``."""
+        with self._session(write=True) as session:
+            row = MeasurementRow(
+                run_id=run,
+                device_id=_id(session, DeviceRow, device.as_dict()),
+                template_id=_id(session, TemplateRow, _template(template)),
+                problem_id=_id(session, ProblemRow, problem.project(template.fields)._asdict()),
+                config_id=_id(session, ConfigRow, {"key": config.key}),
+                status=result.status,
+                reason=result.reason,
+                median_ms=result.median_ms,
+                ci_low_ms=result.ci_low_ms,
+                ci_high_ms=result.ci_high_ms,
+                samples=result.samples,
+                protocol=json.dumps(dict(result.protocol), sort_keys=True),
+                created_at=_now(),
+            )
+            session.add(row)
+            session.flush()
+            return row.id
+
+    def measurements(self, device: Device, template: Template, problem: Problem) -> list[Recorded]:
+        """Everything recorded for exactly this fingerprint, template source and projected problem, oldest first."""
+        query = (
+            select(MeasurementRow, ConfigRow.key)
+            .join(ConfigRow, ConfigRow.id == MeasurementRow.config_id)
+            .join(DeviceRow, DeviceRow.id == MeasurementRow.device_id)
+            .join(TemplateRow, TemplateRow.id == MeasurementRow.template_id)
+            .join(ProblemRow, ProblemRow.id == MeasurementRow.problem_id)
+            .where(
+                *_equal(DeviceRow, device.as_dict()),
+                *_equal(TemplateRow, _template(template)),
+                *_equal(ProblemRow, problem.project(template.fields)._asdict()),
+            )
+            .order_by(MeasurementRow.id)
+        )
+        with self._session() as session:
+            return [_recorded(row, key) for row, key in session.execute(query)]
+
+    def set_winner(self, measurement: int, default_ms: float | None = None, tuned_ms: float | None = None) -> bool:
+        """Serve the config of ``measurement`` for its device, template and problem, in place of an earlier winner.
+
+        default_ms, tuned_ms: the default's and this config's time (ms) in the race that decided. Returns False, and
+        changes nothing, where a static result would replace a measured one. Raises ValueError unless the measurement
+        exists and its status is "ok" or "static".
+        """
+        with self._session(write=True) as session:
+            row = session.get(MeasurementRow, measurement)
+            if row is None or row.status not in ("ok", "static"):
+                found = "missing" if row is None else row.status
+                raise ValueError(f"measurement {measurement} must be of status ok or static, but is {found}")
+            key = (row.device_id, row.template_id, row.problem_id)
+            old = session.get(WinnerRow, key)
+            static = row.status == "static"
+            if old is not None and static and not old.static:
+                return False
+            session.merge(
+                WinnerRow(
+                    device_id=row.device_id,
+                    template_id=row.template_id,
+                    problem_id=row.problem_id,
+                    measurement_id=row.id,
+                    default_ms=default_ms,
+                    tuned_ms=tuned_ms,
+                    static=static,
+                )
+            )
+            return True
+
+    def winners(self) -> list[Entry]:
+        """Every winner, oldest measurement first."""
+        with self._session() as session:
+            return _winners(session)
+
+    def summary(self) -> list[Summary]:
+        """One row for each device, template and problem that was ever tried, in the order of their first attempts."""
+        key = (MeasurementRow.device_id, MeasurementRow.template_id, MeasurementRow.problem_id)
+        counts = (
+            select(*key, MeasurementRow.status, func.count(), func.min(MeasurementRow.id).label("first"))
+            .group_by(*key, MeasurementRow.status)
+            .order_by("first")
+        )
+        with self._session() as session:
+            found: dict[tuple[int, int, int], dict[str, int]] = {}
+            for d, t, p, status, count, _ in session.execute(counts):
+                found.setdefault((d, t, p), {})[status] = count
+            devices = {r.id: _device(r) for r in session.scalars(select(DeviceRow))}
+            templates = {r.id: r for r in session.scalars(select(TemplateRow))}
+            problems = {r.id: _problem(r) for r in session.scalars(select(ProblemRow))}
+            winners = {(e.device, e.template, e.source_hash, e.problem): e for e in _winners(session)}
+            rows = [(devices[d], templates[t].name, templates[t].source_hash, problems[p]) for d, t, p in found]
+        return [Summary(*r, counts=c, winner=winners.get(r)) for r, c in zip(rows, found.values(), strict=True)]
+
+
+def _begin(connection: Connection) -> None:
+    # IMMEDIATE for writes: a transaction that starts as a reader may be refused the upgrade, without any waiting.
+    connection.exec_driver_sql(f"BEGIN {connection.get_execution_options().get('sparsek_begin', 'DEFERRED')}")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def _equal(table: type[Base], values: Mapping[str, Any]) -> list[Any]:
+    return [getattr(table, name) == value for name, value in values.items()]
+
+
+def _id(session: Session, table: Any, values: Mapping[str, Any]) -> int:
+    """The id of the row that holds ``values``, added where there is none (safe: the writer holds the lock)."""
+    found = session.scalar(select(table.id).where(*_equal(table, values)))
+    if found is None:
+        row = table(**values)
+        session.add(row)
+        session.flush()
+        found = row.id
+    return found
+
+
+def _template(template: Template) -> dict[str, str]:
+    space = repr([(p.name, p.domain.values) for p in template.space])
+    version = hashlib.sha256(space.encode()).hexdigest()[:16]
+    return {"name": template.name, "source_hash": template.source_hash, "space_version": version}
+
+
+def _recorded(row: MeasurementRow, key: str) -> Recorded:
+    from sparsek_tune.kernel_templates.base import Config
+
+    result = Measured(
+        row.status,
+        row.median_ms,
+        row.ci_low_ms,
+        row.ci_high_ms,
+        row.samples,
+        row.reason,
+        json.loads(row.protocol),
+    )
+    return Recorded(row.id, Config.from_key(key), result, row.created_at)
+
+
+def _device(row: DeviceRow) -> Device:
+    return Device(**{f: getattr(row, f) for f in Device.__dataclass_fields__})
+
+
+def _problem(row: ProblemRow) -> Problem:
+    return Problem(*(getattr(row, f) for f in Problem._fields))
+
+
+def _winners(session: Session) -> list[Entry]:
+    query = (
+        select(WinnerRow, DeviceRow, TemplateRow, ProblemRow, ConfigRow.key, MeasurementRow.created_at)
+        .join(DeviceRow, DeviceRow.id == WinnerRow.device_id)
+        .join(TemplateRow, TemplateRow.id == WinnerRow.template_id)
+        .join(ProblemRow, ProblemRow.id == WinnerRow.problem_id)
+        .join(MeasurementRow, MeasurementRow.id == WinnerRow.measurement_id)
+        .join(ConfigRow, ConfigRow.id == MeasurementRow.config_id)
+        .order_by(MeasurementRow.id)
+    )
+    return [
+        Entry(t.name, t.source_hash, _device(d), _problem(p), key, w.default_ms, w.tuned_ms, w.static, created)
+        for w, d, t, p, key, created in session.execute(query)
+    ]

@@ -1,0 +1,257 @@
+"""The command line. Data goes to stdout, progress and messages to stderr.
+
+Exit codes: 0 ok, 1 something is broken (doctor), 2 usage, 3 no GPU where one is required, 4 database, 5 nothing usable
+found, 130 interrupted. Heavy imports are inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from sparsek_tune import __version__
+from sparsek_tune.presets import MODELS, Shape
+from sparsek_tune.presets import shapes as all_shapes
+from sparsek_tune.problem import Device, current_device, target_device
+from sparsek_tune.tune.types import EFFORTS
+
+NO_GPU, DATABASE, NOTHING, INTERRUPTED = 3, 4, 5, 130
+FIELDS = ",".join(Shape.__dataclass_fields__)
+
+
+class Fault(click.ClickException):
+    """An error with its exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.exit_code = code
+
+
+def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn database errors and Ctrl-C into messages and exit codes."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        from sparsek_tune.db.errors import DatabaseError
+
+        try:
+            return command(*args, **kwargs)
+        except DatabaseError as error:
+            raise Fault(str(error), DATABASE) from error
+
+    return run
+
+
+def _shape_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    model = click.option(
+        "--model", "models", multiple=True, metavar="NAME", type=click.Choice(list(MODELS)),
+        help=f"Heads and head size of a published model; repeatable. One of: {', '.join(MODELS)}.",
+    )  # fmt: skip
+    shape = click.option(
+        "--shape", "texts", multiple=True, metavar="F=V,...",
+        help=f"Fields of a shape, the rest from --model or the defaults; repeatable. Fields: {FIELDS}. "
+        f"Defaults: {','.join(f'{f}={getattr(Shape(), f)}' for f in Shape.__dataclass_fields__)}.",
+    )  # fmt: skip
+    return model(shape(command))
+
+
+as_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
+device_option = click.option("--device", "index", type=click.IntRange(0), help="CUDA device index [default: 0].")
+target_option = click.option("--target", metavar="cuda:CC", help="A GPU to be named, not looked at, such as cuda:90.")
+
+
+def _shapes(models: tuple[str, ...], texts: tuple[str, ...]) -> list[Shape]:
+    try:
+        return all_shapes(models, texts)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--shape") from error
+
+
+def _target(target: str) -> Device:
+    try:
+        return target_device(target)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--target") from error
+
+
+def _gpu(index: int | None) -> Device | None:
+    """The GPU, None where there is none and none was asked for. An index that does not exist is an error."""
+    try:
+        return current_device(index or 0)
+    except (RuntimeError, AssertionError) as error:
+        if index is None:
+            return None
+        raise Fault(f"--device {index}: {error}", NO_GPU) from error
+
+
+def _print_json(**document: Any) -> None:
+    click.echo(json.dumps({"schema": 1, **document}, indent=2))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="sparsek-tune")
+def main() -> None:
+    """Tune SparseK attention kernels for this GPU, and look at what was found.
+
+    Tuned configs are kept in one SQLite file: $SPARSEK_TUNE_CACHE, else $XDG_CACHE_HOME/sparsek-tune/cache.db, else
+    ~/.cache/sparsek-tune/cache.db. Programs that import sparsek_tune.ops are served from it.
+    """
+
+
+@main.command()
+@_shape_options
+@click.option("--effort", type=click.Choice(list(EFFORTS)), default="default", show_default=True, help="How long to look.")
+@click.option("--budget", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Wall time of the run.")
+@target_option
+@device_option
+@as_json_option
+@_guarded
+def run(
+    models: tuple[str, ...], texts: tuple[str, ...], effort: str, budget: float | None, target: str | None,
+    index: int | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Tune every kernel for the given shapes and store the winners.
+
+    Goes on from what earlier runs measured; Ctrl-C keeps what was measured so far. Without a GPU, or with --target,
+    candidates are cross-compiled, verified in Triton's interpreter and ranked by the cost model; such results are
+    marked static and never replace a measured one.
+    """
+    from sparsek_tune.db.store import Store
+    from sparsek_tune.display import progress
+    from sparsek_tune.tune import tune
+
+    wanted = _shapes(models, texts)
+    if target is not None and index is not None:
+        raise click.UsageError("--target and --device exclude each other")
+    device = None if target else _gpu(index)
+    if device is None:
+        target = target or "cuda:90"
+        _target(target)
+        click.echo(f"No GPU is used: static tuning for {target} (compiled and verified, not timed).", err=True)
+    problems = list(dict.fromkeys(s.problem for s in wanted))
+    with Store() as store:
+        where = device.name if device else target
+        click.echo(f"{len(problems)} problem(s) on {where}; database {store.path}", err=True)
+        try:
+            with progress() as show:
+                rows = tune(problems, device, store, effort=effort, budget=budget, on_event=show, target=target)
+        except KeyboardInterrupt:
+            raise Fault("interrupted: what was measured is kept, the next run goes on from it", INTERRUPTED) from None
+        _report(rows, str(store.path), as_json)
+    if not rows or all(row.config is None for row in rows):
+        raise Fault("no kernel has a working config", NOTHING)
+
+
+def _report(rows: list[Any], path: str, as_json: bool) -> None:
+    if as_json:
+        _print_json(database=path, rows=[{**r._asdict(), "problem": r.problem._asdict()} for r in rows])
+        return
+    from sparsek_tune.display import table
+
+    header = ("kernel", "problem", "default ms", "tuned ms", "speed-up", "tried", "infeasible", "wrong", "failed")
+    table("", header, [
+        (r.template, str(r.problem), r.default_ms, r.tuned_ms, r.speedup, r.tried, r.infeasible, r.wrong, r.failed)
+        for r in rows
+    ])  # fmt: skip
+
+
+@main.command()
+@as_json_option
+@_guarded
+def show(as_json: bool) -> None:
+    """List what the database holds: per GPU, kernel and problem the attempts and the winner."""
+    from sparsek_tune.db.store import Store
+    from sparsek_tune.display import table
+
+    with Store(read_only=True) as store:
+        found, path = store.summary(), str(store.path)
+    if as_json:
+        _print_json(database=path, entries=[_summary(s) for s in found])
+        return
+    click.echo(f"database {path}", err=True)
+    if not found:
+        click.echo("nothing stored yet: run `sparsek-tune run`", err=True)
+        return
+    header = ("device", "kernel", "problem", "attempts", "default ms", "tuned ms", "winner")
+    table("", header, [
+        (s.device.name, s.template, str(s.problem), _counts(s.counts),
+         *((w.default_ms, w.tuned_ms, w.config) if (w := s.winner) else (None, None, None)))
+        for s in found
+    ])  # fmt: skip
+
+
+def _counts(counts: Any) -> str:
+    return " ".join(f"{status}:{n}" for status, n in counts.items())
+
+
+def _summary(s: Any) -> dict[str, Any]:
+    w = s.winner
+    winner = w and {
+        "config": json.loads(w.config), "default_ms": w.default_ms, "tuned_ms": w.tuned_ms, "static": w.static,
+        "created_at": w.created_at,
+    }  # fmt: skip
+    return {
+        "device": s.device.as_dict(), "template": s.template, "source_hash": s.source_hash,
+        "problem": s.problem._asdict(), "attempts": dict(s.counts), "winner": winner,
+    }  # fmt: skip
+
+
+@main.command()
+@_shape_options
+@target_option
+@device_option
+@as_json_option
+@_guarded
+def resolve(
+    models: tuple[str, ...], texts: tuple[str, ...], target: str | None, index: int | None, as_json: bool
+) -> None:
+    """Say which config each kernel gets for the given shapes on this GPU (or --target), its grade and why."""
+    from sparsek_tune.dispatch import resolve as resolve_problem
+    from sparsek_tune.display import table
+
+    wanted = _shapes(models, texts)
+    if target is not None and index is not None:
+        raise click.UsageError("--target and --device exclude each other")
+    device = _target(target) if target else _gpu(index)
+    if device is None:
+        raise Fault("there is no GPU here: name one with --target, such as --target cuda:90", NO_GPU)
+    plans = [resolve_problem(p, device) for p in dict.fromkeys(s.problem for s in wanted)]
+    if as_json:
+        _print_json(device=device.as_dict(), plans=[
+            {"problem": plan.problem._asdict(), "kernels": {
+                name: {"config": r.config, "grade": r.grade, "reason": r.reason, "distance": r.distance}
+                for name, r in plan.items()
+            }} for plan in plans
+        ])  # fmt: skip
+        return
+    for plan in plans:
+        rows = [(name, r.grade, r.config.key, r.reason) for name, r in plan.items()]
+        table(f"{plan.problem} on {device.name}", ("kernel", "grade", "config", "reason"), rows)
+
+
+@main.command()
+@as_json_option
+def doctor(as_json: bool) -> None:
+    """Look at GPU, driver, versions and database; say what is missing and how to mend it.
+
+    Exits with 1 if something is broken; a missing GPU is not.
+    """
+    from sparsek_tune.display import table
+    from sparsek_tune.doctor import examine
+
+    findings = examine()
+    if as_json:
+        _print_json(findings=[f._asdict() for f in findings])
+    else:
+        table("", ("subject", "state", "found", "to mend"), [(f.subject, f.level, f.found, f.mend) for f in findings])
+    if any(f.level == "broken" for f in findings):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

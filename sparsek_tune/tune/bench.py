@@ -1,0 +1,73 @@
+"""What the measuring process does: verify a candidate, time it, race finalists. Its parent may kill it at any time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sparsek_tune.kernel_templates.base import Config
+from sparsek_tune.tune.channel import Worker
+from sparsek_tune.tune.measure import Estimate, measure, race
+from sparsek_tune.tune.stage import StageCache
+from sparsek_tune.tune.types import Spec
+
+PREPARE_TIMEOUT = 300.0  # seconds: inputs, companions, reference results
+
+
+class BenchService:
+    """Runs in a worker process. factory: "module:function" of the stages; mode: see ``stages.KernelStage``."""
+
+    def __init__(self, factory: str, mode: str) -> None:
+        self._stages = StageCache(factory, mode)
+
+    def prepare(self, spec: Spec) -> None:
+        self._stages.get(spec)
+
+    def verify(self, spec: Spec, config: Config) -> str | None:
+        return self._stages.get(spec).verify(config)
+
+    def measure(self, spec: Spec, config: Config, seconds: float, hopeless_ms: float) -> Estimate:
+        return measure(self._stages.get(spec).sampler(config), seconds, hopeless_ms)
+
+    def race(self, spec: Spec, configs: Sequence[Config], seconds: float, seed: int) -> list[Estimate]:
+        stage = self._stages.get(spec)
+        return race([stage.sampler(config) for config in configs], seconds, seed)
+
+
+class Bench:
+    """The parent's side of :class:`BenchService`, in one worker process. Every call may raise ``channel.WorkerError``;
+    the next one finds a fresh process where that was needed. mode: "measure" or "interpret". timeout: seconds
+    to verify one candidate, and to time it on top of the sampling itself."""
+
+    def __init__(self, factory: str, mode: str = "measure", timeout: float = 60.0) -> None:
+        env = {"TRITON_INTERPRET": "0"}
+        if mode == "interpret":
+            env = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self._worker = Worker("sparsek_tune.tune.bench:BenchService", factory, mode, env=env)
+        self._timeout = timeout
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._worker.close()
+
+    def prepare(self, spec: Spec) -> None:
+        """Set the stage up; every other call does so too where it has to."""
+        self._worker.call("prepare", spec, timeout=PREPARE_TIMEOUT)
+
+    def verify(self, spec: Spec, config: Config) -> str | None:
+        """Why the candidate's results are wrong, or None."""
+        self.prepare(spec)
+        return self._worker.call("verify", spec, config, timeout=self._timeout)
+
+    def measure(self, spec: Spec, config: Config, seconds: float, hopeless_ms: float) -> Estimate:
+        self.prepare(spec)
+        return self._worker.call("measure", spec, config, seconds, hopeless_ms, timeout=self._timeout + seconds)
+
+    def race(self, spec: Spec, configs: Sequence[Config], seconds: float, seed: int) -> list[Estimate]:
+        self.prepare(spec)
+        timeout = self._timeout + 10 * seconds
+        return self._worker.call("race", spec, list(configs), seconds, seed, timeout=timeout)

@@ -1,0 +1,179 @@
+"""The parent's end of a worker process: start it, call it with a wall timeout, kill it, start it again.
+
+A worker is ``python -m sparsek_tune.tune.worker MODULE:CLASS``: it builds one service object and runs the methods that
+it is asked for. What a candidate does to it (hang, crash, print) costs that candidate alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import selectors
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from typing import Any
+
+HEADER = struct.Struct("<Q")
+STARTUP_SECONDS = 180.0  # a cold import of torch and the creation of a CUDA context
+
+
+class WorkerError(Exception):
+    """A call did not give a result. ``status``: the measurement status that the candidate gets."""
+
+    status = "runtime"
+
+
+class WorkerTimeout(WorkerError):
+    """The call ran past its wall time; the worker was killed."""
+
+    status = "timeout"
+
+
+class WorkerDied(WorkerError):
+    """The worker process ended during the call (a signal, exit, or a broken protocol)."""
+
+
+class CallFailed(WorkerError):
+    """The method raised. ``status`` and ``fatal`` (the process was replaced: its GPU state cannot be trusted) are the
+    worker's judgement."""
+
+    def __init__(self, message: str, status: str, fatal: bool) -> None:
+        super().__init__(message)
+        self.status, self.fatal = status, fatal
+
+
+class Worker:
+    """One worker process, started on the first call. Not for use by two threads at once.
+
+    service: "module:attribute" that the worker calls once, with ``arguments`` (picklable), to get the object whose
+    methods are called. env: environment variables on top of this process's.
+    """
+
+    def __init__(self, service: str, *arguments: Any, env: Mapping[str, str] | None = None) -> None:
+        self._service, self._arguments, self._env = service, arguments, dict(env or {})
+        self._process: subprocess.Popen[bytes] | None = None
+        self._closed = False
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int | None:
+        """The process id, None while no process runs."""
+        return self._process.pid if self._process else None
+
+    def call(self, method: str, *arguments: Any, timeout: float) -> Any:
+        """The result of ``method(*arguments)`` in the worker. timeout: seconds, on top of the start of a new process.
+
+        Raises WorkerTimeout, WorkerDied or CallFailed; after the first two, and a fatal CallFailed, the next call gets
+        a new process.
+        """
+        if self._process is None:
+            self._start()
+        try:
+            self._send((method, arguments))
+            status, value = self._receive(time.monotonic() + timeout)
+        except BaseException:
+            self.kill()
+            raise
+        if status == "ok":
+            return value
+        message, kind, fatal = value
+        if fatal:
+            self.kill()
+        raise CallFailed(message, kind, fatal)
+
+    def close(self) -> None:
+        """Kill the process; no new one is started after this."""
+        self._closed = True
+        self.kill()
+
+    def kill(self) -> None:
+        """Kill the process with everything it started (its process group)."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError):
+                assert pipe is not None
+                pipe.close()
+        self._log.close()
+
+    def _start(self) -> None:
+        if self._closed:
+            raise WorkerDied("the run is over")
+        # -P: the user's working directory must not shadow a module. Our own path goes along, so that the worker imports
+        # what this process would.
+        path = os.pathsep.join(os.path.abspath(p) for p in sys.path)
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "sparsek_tune.tune.worker", self._service],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env={**os.environ, "PYTHONPATH": path, **self._env},
+            start_new_session=True,  # Ctrl-C reaches the parent alone; killpg reaches ptxas too
+        )
+        try:
+            self._send(self._arguments)
+            status, value = self._receive(time.monotonic() + STARTUP_SECONDS)
+        except BaseException:
+            self.kill()
+            raise
+        if status != "ok":
+            self.kill()
+            raise CallFailed(f"the worker could not start: {value[0]}", value[1], True)
+
+    def _send(self, message: Any) -> None:
+        assert self._process is not None and self._process.stdin is not None
+        data = pickle.dumps(message)
+        try:
+            self._process.stdin.write(HEADER.pack(len(data)) + data)
+            self._process.stdin.flush()
+        except OSError:
+            raise WorkerDied(self._obituary()) from None
+
+    def _receive(self, deadline: float) -> tuple[str, Any]:
+        (size,) = HEADER.unpack(self._read(HEADER.size, deadline))
+        return pickle.loads(self._read(size, deadline))
+
+    def _read(self, size: int, deadline: float) -> bytes:
+        assert self._process is not None and self._process.stdout is not None
+        descriptor = self._process.stdout.fileno()
+        data = bytearray()
+        with selectors.DefaultSelector() as selector:
+            selector.register(descriptor, selectors.EVENT_READ)
+            while len(data) < size:
+                left = deadline - time.monotonic()
+                if left <= 0 or not selector.select(left):
+                    raise WorkerTimeout("it ran past its wall time")
+                chunk = os.read(descriptor, min(size - len(data), 1 << 16))
+                if not chunk:
+                    raise WorkerDied(self._obituary())
+                data += chunk
+        return bytes(data)
+
+    def _obituary(self) -> str:
+        """How the process ended, and the last line that it wrote."""
+        assert self._process is not None
+        try:
+            code = self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            return "the worker closed its pipe"
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, self._log.tell() - 4096))
+        lines = self._log.read().decode(errors="replace").strip().splitlines()
+        return f"the worker died ({how})" + (f": {lines[-1][:300]}" if lines else "")

@@ -1,0 +1,50 @@
+"""What a worker process asks of a template at a problem. Loads neither torch nor triton."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Protocol
+
+from sparsek_tune.kernel_templates.base import Config
+from sparsek_tune.tune.measure import Sample
+from sparsek_tune.tune.types import Kernel, Spec
+
+FACTORY = "sparsek_tune.tune.stages:make"  # "module:function" that takes a Spec and a mode, and gives a Stage
+
+
+class Stage(Protocol):
+    """One template at one problem in a worker process."""
+
+    def prepare(self) -> None:
+        """Set up what all candidates share: inputs, results of the companions, reference results."""
+        ...
+
+    def compile(self, config: Config) -> list[Kernel]:
+        """Compile all kernels of the candidate and launch none."""
+        ...
+
+    def verify(self, config: Config) -> str | None:
+        """Why the candidate's results are wrong, or None."""
+        ...
+
+    def sampler(self, config: Config) -> Sample:
+        """Run and warm up the candidate; times it from then on."""
+        ...
+
+
+class StageCache:
+    """Keeps the stage of the last spec: a run stays at one spec for many candidates, and its tensors are large."""
+
+    def __init__(self, factory: str, mode: str) -> None:
+        module, _, name = factory.partition(":")
+        self._make, self._mode = getattr(importlib.import_module(module), name), mode
+        self._spec: Spec | None = None
+        self._stage: Any = None
+
+    def get(self, spec: Spec) -> Stage:
+        if spec != self._spec:
+            self._spec = self._stage = None  # free the old tensors first; and keep nothing half prepared
+            stage = self._make(spec, self._mode)
+            stage.prepare()
+            self._stage, self._spec = stage, spec
+        return self._stage

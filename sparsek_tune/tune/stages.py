@@ -1,0 +1,248 @@
+"""What a worker runs for one template at one problem: inputs made once, everything before it computed once.
+
+``make(spec, mode)`` is the stage factory that the worker processes load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsek_tune import launch
+from sparsek_tune.kernel_templates.base import Config
+from sparsek_tune.problem import Problem
+from sparsek_tune.reference import Selection
+from sparsek_tune.tune.compile import kernels_of
+from sparsek_tune.tune.measure import CudaSampler, Sample
+from sparsek_tune.tune.stage import Stage
+from sparsek_tune.tune.types import Kernel, Spec
+from sparsek_tune.tune.verify import SCORES, TOLERANCE, compare, expected, poisoned, reduced
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Where tensors live, by mode: the compile pool has no device, the interpreter runs kernels on the CPU.
+_TORCH_DEVICE = {"compile": "meta", "measure": "cuda", "interpret": "cpu"}
+
+
+class Inputs(NamedTuple):
+    """Tensors of one call of the operator: query, dout [1, Hq, N, D], key, value [1, Hkv, N, D], scores [1, Hkv, N]."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scores: Tensor
+    dout: Tensor
+    k: int
+    window: int
+    scale: float
+    gate: str
+
+
+def make_inputs(problem: Problem, device: str, scores: str = "normal", seed: int = 0) -> Inputs:
+    """Random inputs at ``problem``. Models store [B, N, H, D] and pass a transposed view, so that is what is timed.
+
+    scores: "normal" (independent, deviation 3: some saturated, some cut, some between), "ties" (few distinct values),
+    "equal" (one value) or "rising" (every key displaces the oldest).
+    """
+    p = problem
+    generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=device, generator=generator)
+
+    def heads(count: int) -> Tensor:
+        return normal(1, p.n, count, p.d, dtype=DTYPES[p.dtype]).transpose(1, 2)
+
+    u = normal(1, p.rows, p.n) * 3
+    if scores == "ties":
+        u = u.round().clamp(-2, 2)
+    elif scores == "equal":
+        u = torch.full_like(u, 0.5)
+    elif scores == "rising":
+        u = (torch.arange(p.n, device=device) * 0.03).expand(1, p.rows, p.n).contiguous()
+    q, k, v, do = heads(p.rows * p.g), heads(p.rows), heads(p.rows), heads(p.rows * p.g)
+    return Inputs(q, k, v, u, do, p.k, p.w, p.d**-0.5, p.gate)
+
+
+class Pipeline:
+    """The stages of one call over fixed inputs. Every stage reads the results of the companions before it, so that a
+    candidate of one template can be run alone. known: results to use for "selection", "out" and "lse" instead."""
+
+    def __init__(
+        self, inputs: Inputs, companions: Mapping[str, Config], known: Mapping[str, Any] | None = None
+    ) -> None:
+        self._i, self._companions = inputs, companions
+        self.__dict__.update(known or {})
+
+    @cached_property
+    def selection(self) -> Any:
+        return launch.threshold(self._i.scores, self._i.k, self._i.window, self._companions["threshold"])
+
+    @cached_property
+    def schedule_(self) -> Any:
+        return self._schedule(self._companions["schedule"])
+
+    @cached_property
+    def _forward_results(self) -> dict[str, Tensor]:
+        return self.forward(self._companions["forward"])
+
+    @cached_property
+    def out(self) -> Tensor:
+        return self._forward_results["out"]
+
+    @cached_property
+    def lse(self) -> Tensor:
+        return self._forward_results["lse"]
+
+    @cached_property
+    def dq_results(self) -> dict[str, Tensor]:
+        return self.dq(self._companions["dq"])
+
+    def run(self, template: str, config: Config) -> dict[str, Tensor]:
+        """What is timed: the named outputs of ``template`` at ``config``."""
+        return getattr(self, template)(config)
+
+    def outputs(self, template: str, config: Config) -> dict[str, Tensor]:
+        """What is verified: as ``run``, and for dq also what dkv makes of it, for gbar shows in du alone."""
+        results = self.run(template, config)
+        if template == "dq":
+            results = {**results, **self._dkv(self.schedule_, results, self._companions["dkv"])}
+        return results
+
+    def threshold(self, config: Config) -> dict[str, Tensor]:
+        return launch.threshold(self._i.scores, self._i.k, self._i.window, config)._asdict()
+
+    def schedule(self, config: Config) -> dict[str, Tensor]:
+        """With its consumers: the length of its segments decides their speed."""
+        schedule, companions = self._schedule(config), self._companions
+        forward = self._forward(schedule, companions["forward"])
+        dq = self._dq(schedule, forward["out"], forward["lse"], companions["dq"])
+        return {**forward, **dq, **self._dkv(schedule, dq, companions["dkv"])}
+
+    def forward(self, config: Config) -> dict[str, Tensor]:
+        return self._forward(self.schedule_, config)
+
+    def dq(self, config: Config) -> dict[str, Tensor]:
+        return self._dq(self.schedule_, self.out, self.lse, config)
+
+    def dkv(self, config: Config) -> dict[str, Tensor]:
+        return self._dkv(self.schedule_, self.dq_results, config)
+
+    def _schedule(self, config: Config) -> Any:
+        return launch.schedule(self.selection, self._i.k, self._i.window, config)
+
+    def _forward(self, schedule: Any, config: Config) -> dict[str, Tensor]:
+        i = self._i
+        out, lse = launch.forward(
+            i.query, i.key, i.value, i.scores, self.selection, schedule, i.window, i.scale, i.gate, config
+        )
+        return {"out": out, "lse": lse}
+
+    def _dq(self, schedule: Any, out: Tensor, lse: Tensor, config: Config) -> dict[str, Tensor]:
+        i = self._i
+        dq, delta, gbar = launch.dq(
+            i.dout, i.query, i.key, i.value, i.scores, out, lse, self.selection, schedule, i.window, i.scale, i.gate,
+            config,
+        )  # fmt: skip
+        return {"dq": dq, "delta": delta, "gbar": gbar}
+
+    def _dkv(self, schedule: Any, dq: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+        i = self._i
+        dk, dv, du = launch.dkv(
+            i.dout, i.query, i.key, i.value, i.scores, self.lse, dq["delta"], dq["gbar"], self.selection, schedule,
+            i.window, i.scale, i.gate, config,
+        )  # fmt: skip
+        return {"dk": dk, "dv": dv, "du": du}
+
+
+class _Case(NamedTuple):
+    """A small problem with its answer."""
+
+    name: str
+    inputs: Inputs
+    pipeline: Pipeline
+    want: dict[str, Tensor]
+
+
+class KernelStage:
+    """The real stage. mode: "compile" (meta tensors), "measure" (CUDA) or "interpret" (CPU, Triton's interpreter)."""
+
+    def __init__(self, spec: Spec, mode: str) -> None:
+        self._spec, self._mode, self._on = spec, mode, _TORCH_DEVICE[mode]
+        self._small = reduced(spec.problem, interpreter=mode == "interpret")
+
+    def prepare(self) -> None:
+        if self._mode == "compile":
+            with launch.compile_only():
+                _ = self._full.dq_results, self._meta_small.dq_results
+            return
+        _ = self._cases
+        if self._mode == "measure":
+            _ = self._baseline
+
+    def compile(self, config: Config) -> list[Kernel]:
+        with launch.compile_only():
+            self._meta_small.outputs(self._spec.template, config)  # the kernels that verification will launch
+        with launch.compile_only() as compiled:
+            self._full.run(self._spec.template, config)
+        return kernels_of(compiled)
+
+    def verify(self, config: Config) -> str | None:
+        template, tolerance = self._spec.template, TOLERANCE[self._small.dtype]
+        for case in self._cases:
+            with poisoned():
+                got = case.pipeline.outputs(template, config)
+            reason = compare(got, case.want, tolerance, case.inputs.scores)
+            if reason is not None:
+                return f"{case.name} scores, n={self._small.n}: {reason}"
+        default = self._spec.companions[template]
+        if self._mode == "interpret" or config == default:
+            return None
+        with poisoned():
+            got = self._full.run(template, config)
+        reason = compare(got, self._baseline, 2 * tolerance, self._full_inputs.scores)
+        return f"n={self._spec.problem.n}, against the default config: {reason}" if reason else None
+
+    def sampler(self, config: Config) -> Sample:
+        return self._time(partial(self._full.run, self._spec.template, config))
+
+    @cached_property
+    def _time(self) -> CudaSampler:
+        return CudaSampler(self._spec.device.l2)
+
+    @cached_property
+    def _full_inputs(self) -> Inputs:
+        return make_inputs(self._spec.problem, self._on)
+
+    @cached_property
+    def _full(self) -> Pipeline:
+        return Pipeline(self._full_inputs, self._spec.companions)
+
+    @cached_property
+    def _meta_small(self) -> Pipeline:
+        return Pipeline(make_inputs(self._small, self._on), self._spec.companions)
+
+    @cached_property
+    def _baseline(self) -> dict[str, Tensor]:
+        """What the default config, itself verified on the small cases, gives at the timed shape."""
+        return self._full.run(self._spec.template, self._spec.companions[self._spec.template])
+
+    @cached_property
+    def _cases(self) -> list[_Case]:
+        return [self._case(kind, seed) for seed, kind in enumerate(SCORES[self._mode])]
+
+    def _case(self, kind: str, seed: int) -> _Case:
+        inputs = make_inputs(self._small, self._on, kind, seed)
+        want = expected(inputs)
+        # Upstream results come from the reference: a candidate is judged by its own kernels alone.
+        selection = Selection(*(want[f].to(torch.float32 if f == "tau" else torch.int32) for f in Selection._fields))
+        known = {"selection": selection, "out": want["out"].to(inputs.query.dtype), "lse": want["lse"].float()}
+        return _Case(kind, inputs, Pipeline(inputs, self._spec.companions, known), want)
+
+
+def make(spec: Spec, mode: str) -> Stage:
+    """The stage of ``spec``; mode as in :class:`KernelStage`."""
+    return KernelStage(spec, mode)

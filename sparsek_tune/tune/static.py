@@ -1,0 +1,148 @@
+"""Tuning without a GPU: cross-compile for a named target, read the resources, verify in the interpreter, rank by cost.
+
+What comes of it is a guess with evidence: right results at a small shape, few spills, a place in the cost model's
+order. It is stored as static and never outranks a measurement.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import as_completed
+from typing import TYPE_CHECKING, NamedTuple
+
+from sparsek_tune.kernel_templates.base import Config
+from sparsek_tune.problem import Device
+from sparsek_tune.tune.channel import WorkerError
+from sparsek_tune.tune.propose import ENUMERABLE, spread
+from sparsek_tune.tune.types import Kernel, Row
+from sparsek_tune.tune.verify import reduced
+
+if TYPE_CHECKING:
+    from sparsek_tune.tune.tuner import Search
+
+# Dense 16-bit tensor-core operations (1/s) and memory bandwidth (B/s) of the GPUs that problem.target_device names
+# (vendor data sheets). They only rank configs of one target against each other.
+_PEAKS = {
+    80: (312e12, 2.0e12),
+    86: (142e12, 0.94e12),
+    89: (121e12, 0.30e12),
+    90: (989e12, 3.35e12),
+    100: (2250e12, 8.0e12),
+    120: (210e12, 1.79e12),
+}
+_FEW_WARPS = 8  # resident warps on an SM below which latency shows
+_LITTLE_STACK = 64  # bytes of spills a thread that do not show
+_MARGIN = 0.9  # the default is left for a config that costs at most this fraction of it
+PROTOCOL = {"timer": "none", "statistic": "cost model", "verified": "interpreter, small shape, fp16 for bf16"}
+
+
+class _Ranked(NamedTuple):
+    seconds: float
+    config: Config
+    kernels: tuple[Kernel, ...]
+
+
+def search(search: Search) -> Row:
+    """Static tuning of one template at one problem: the row has no times."""
+    known = search.ledger.winner()
+    if known is not None:
+        search.emit("start", "known")
+        return search.row(Config.from_key(known.config), None, None, "as stored")
+    configs = _candidates(search)
+    search.total = len(configs)
+    search.emit("start", "")
+    ranked = _compile(search, configs)
+    winner = _first_right(search, _order(ranked, search.default))
+    if winner is not None:
+        search.ledger.win(winner, None, None)
+    row = search.row(winner, None, None, "" if winner is not None else "no config passed")
+    return row._replace(tried=len(configs))  # the store holds what failed and what was verified, not all that compiled
+
+
+def cost(search: Search, config: Config, kernels: Sequence[Kernel] = ()) -> float:
+    """Seconds by the template's cost model, more where spills or few resident warps slow the kernels down."""
+    flops, bandwidth = _PEAKS[search.run.device.cc]
+    if search.problem.dtype == "fp32":
+        flops /= 16  # IEEE dots run outside the tensor cores
+    seconds = search.template.cost(config, search.problem).seconds(flops, bandwidth)
+    return seconds * max((_penalty(k, search.run.device) for k in kernels), default=1.0)
+
+
+def _penalty(kernel: Kernel, device: Device) -> float:
+    warps = resident_warps(kernel, device)
+    return max(1.0, (_FEW_WARPS / max(warps, 1)) ** 0.5) * (1 + max(0, kernel.stack - _LITTLE_STACK) / 256)
+
+
+def resident_warps(kernel: Kernel, device: Device) -> int:
+    """Warps that an SM holds at once, by registers and shared memory."""
+    by_registers = 65536 // max(1, kernel.registers * 32 * kernel.warps)
+    by_shared = device.smem // kernel.shared if kernel.shared else 64
+    return min(64, kernel.warps * min(by_registers, by_shared))
+
+
+def _candidates(search: Search) -> list[Config]:
+    """The default, then some by cost and some at random."""
+    template, count = search.template, search.run.effort.static_trials
+    if template.size > ENUMERABLE:
+        return [search.default]
+    others = (c for c in template.feasible(search.problem, search.run.device) if c != search.default)
+    return [search.default, *spread(sorted(others, key=lambda c: cost(search, c)), count - 1, search.seed)]
+
+
+def _compile(search: Search, configs: list[Config]) -> list[_Ranked]:
+    """Compile what earlier runs did not find infeasible; what works, with its cost."""
+    work = [c for c in configs if c not in search.ledger.latest or search.ledger.latest[c].status == "static"]
+    # The first alone: it leaves the companions' kernels in Triton's cache, for the other processes to find.
+    first = [search.run.pool.submit(search.spec, c) for c in work[:1]]
+    for future in first:
+        future.result()
+    futures = dict(zip(first, work, strict=False)) | {search.run.pool.submit(search.spec, c): c for c in work[1:]}
+    ranked = []
+    for future in as_completed(futures):
+        config, compiled = futures[future], future.result()
+        if compiled.status == "ok":
+            ranked.append(_Ranked(cost(search, config, compiled.kernels), config, compiled.kernels))
+        else:
+            search.ledger.fail(config, compiled.status, compiled.reason, PROTOCOL)
+        search.emit("trial", compiled.reason or compiled.status)
+    return ranked
+
+
+def _order(ranked: list[_Ranked], default: Config) -> list[_Ranked]:
+    """Cheapest first, but the default before all that are not clearly cheaper."""
+    at = {r.config: r.seconds for r in ranked}.get(default)
+
+    def key(r: _Ranked) -> tuple[float, str]:
+        return (r.seconds if at is None or r.config == default else r.seconds / _MARGIN, r.config.key)
+
+    return sorted(ranked, key=key)
+
+
+def _first_right(search: Search, ranked: list[_Ranked]) -> Config | None:
+    """The first config that the interpreter verifies, the best few and then the default."""
+    best = ranked[: search.run.effort.static_finalists]
+    best += [r for r in ranked if r.config == search.default and r not in best]
+    for r in best:
+        if time.monotonic() > search.end and r.config != search.default:
+            continue
+        status, reason = _verify(search, r.config)
+        protocol = {**PROTOCOL, "kernels": [k._asdict() for k in r.kernels]}
+        if status == "static":
+            search.ledger.static(r.config, r.seconds * 1e3, protocol)
+            return r.config
+        search.ledger.fail(r.config, status, reason, protocol)
+        search.emit("note", f"{status}: {reason}")
+    return None
+
+
+def _verify(search: Search, config: Config) -> tuple[str, str]:
+    """("static", "") or (status, reason). Problems that differ in length alone share the small problem."""
+    key = (search.template.name, config, reduced(search.problem, interpreter=True))
+    if key not in search.run.verified:
+        try:
+            wrong = search.run.bench.verify(search.spec, config)
+            search.run.verified[key] = ("static", "") if wrong is None else ("wrong", wrong)
+        except WorkerError as error:
+            search.run.verified[key] = (error.status, str(error))
+    return search.run.verified[key]

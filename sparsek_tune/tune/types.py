@@ -1,0 +1,95 @@
+"""The tuner's vocabulary: what a run is asked for (Effort), says on its way (Event) and answers (Row)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from sparsek_tune.kernel_templates.base import Config
+from sparsek_tune.problem import Device, Problem
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much work a run puts into one template at one problem.
+
+    trials: configs looked at, those known from earlier runs included; seconds: wall time of the search; sample_seconds:
+    GPU time for timing one config; finalists, race_seconds: size and time of the last race; static_trials: configs
+    compiled where there is no GPU; static_finalists: the most of them that are verified in the interpreter; timeout:
+    wall seconds for one step (compile, verify, measure) of one candidate, after which it is killed.
+    """
+
+    trials: int
+    seconds: float
+    sample_seconds: float
+    finalists: int
+    race_seconds: float
+    static_trials: int
+    static_finalists: int
+    timeout: float = 60.0
+
+
+EFFORTS = {
+    "quick": Effort(20, 30.0, 0.05, 3, 0.5, 4, 2),
+    "default": Effort(80, 150.0, 0.1, 5, 1.0, 8, 3),
+    "full": Effort(400, 900.0, 0.25, 8, 3.0, 48, 6),
+}
+
+
+class Row(NamedTuple):
+    """The outcome for one template at one problem (blank fields: the template does not depend on them).
+
+    Times in ms, None where nothing was timed (static tuning). tried counts the configs of this problem with a result,
+    from earlier runs too; infeasible, wrong and failed are those among them that cannot run here, gave a wrong result,
+    crashed or hung. config: the winner, None where not even the default works.
+    """
+
+    problem: Problem
+    template: str
+    default_ms: float | None
+    tuned_ms: float | None
+    speedup: float | None
+    tried: int
+    infeasible: int
+    wrong: int
+    failed: int
+    config: Config | None
+
+
+class Event(NamedTuple):
+    """One step of progress. kind: "start" and "done" frame a template at a problem, "trial" is one config settled,
+    "race" the final comparison, "note" a message for the user. done of total counts configs; best_ms so far."""
+
+    kind: str
+    template: str
+    problem: Problem
+    done: int
+    total: int
+    best_ms: float | None
+    message: str
+
+
+class Spec(NamedTuple):
+    """What a worker process needs to set up one template at one problem; picklable.
+
+    companions: one config per template, for the kernels that run before or with the tuned one.
+    """
+
+    template: str
+    problem: Problem
+    device: Device
+    companions: dict[str, Config]
+
+
+class Kernel(NamedTuple):
+    """Resources of a compiled kernel: registers and stack bytes (spills) a thread, shared memory (bytes), warps."""
+
+    name: str
+    registers: int
+    stack: int
+    shared: int
+    warps: int
+
+
+OnEvent = Callable[[Event], Any]

@@ -1,0 +1,99 @@
+"""Every template cross-compiles for sm_90 without a GPU: fits the shared memory, stays within the spill bound, uses wgmma."""
+
+import pytest
+import torch
+
+from sparsek_tune import launch
+from sparsek_tune.kernel_templates import TEMPLATES
+from sparsek_tune.kernel_templates.base import Config
+from sparsek_tune.problem import Problem, target_device
+from sparsek_tune.reference import Selection
+from sparsek_tune.tune.compile import kernels_of, use_target
+
+pytestmark = pytest.mark.compile90
+
+DEVICE = target_device("cuda:90")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Bytes of stack per thread that a default config may spill: a few registers' worth, against 255 x 4 held.
+MOST_STACK = 64
+
+
+def compile_all(problem: Problem, **overrides: dict):
+    """All kernels of a forward and a backward pass at the default configs with overrides."""
+    use_target(DEVICE)
+    configs = {
+        name: Config({**t.default(problem, DEVICE), **overrides.get(name, {})}) for name, t in TEMPLATES.items()
+    }
+    for name, config in configs.items():
+        assert TEMPLATES[name].check(config, problem, DEVICE) is None
+    heads, n, d, dtype = problem.rows, problem.n, problem.d, DTYPES[problem.dtype]
+    q, k, v = (torch.empty(1, h, n, d, dtype=dtype, device="meta") for h in (heads * problem.g, heads, heads))
+    scores = torch.empty(1, heads, n, device="meta")
+    with launch.compile_only() as compiled:
+        out, lse, *selection = launch.attention(
+            q, k, v, scores, problem.k, problem.w, 0.1, problem.gate, configs
+        )
+        launch.attention_backward(
+            out, q, k, v, scores, out, lse, Selection(*selection), problem.k, problem.w, 0.1, problem.gate, configs
+        )
+    return compiled
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem.of("bf16", 128, 4, "kv", 1024, 512, 16384, 8),
+        Problem.of("fp16", 64, 1, "v", 512, 0, 4096, 12),
+        Problem.of("bf16", 80, 7, "none", 256, 64, 8192, 4),
+        Problem.of("bf16", 256, 2, "kv", 512, 512, 8192, 4),
+        Problem.of("fp32", 128, 4, "kv", 512, 512, 8192, 8),
+        Problem.of("fp32", 32, 16, "kv", 64, 0, 2048, 2),
+    ],
+    ids=str,
+)
+def test_defaults_compile_without_spilling(problem):
+    compiled = compile_all(problem)
+    kernels = kernels_of(compiled)
+    assert {"walk_kernel", "segments_kernel", "forward_kernel", "dq_kernel", "dkv_kernel", "reduce_kernel"} <= {
+        k.name for k in kernels
+    }
+    for kernel in kernels:
+        assert kernel.shared <= DEVICE.smem, kernel
+        assert kernel.stack <= MOST_STACK, kernel
+
+
+def test_main_shape_runs_on_wgmma():
+    compiled = compile_all(Problem.of("bf16", 128, 4, "kv", 1024, 512, 16384, 8))
+    for c in compiled:
+        if c.metadata.name in ("forward_kernel", "dq_kernel", "dkv_kernel", "band_kernel"):
+            assert "wgmma.mma_async" in c.asm["ptx"], c.metadata.name
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"forward": {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3}, "dq": {"BM": 128, "BN": 32, "num_warps": 8}},
+        {"dkv": {"BM": 32, "BN": 64, "num_stages": 3}, "schedule": {"SEGMENT": 2048, "BLOCK": 512}},
+        {"threshold": {"COARSE": 512, "FINE": 16, "coarse_window": 512}, "dkv": {"BLOCK": 8, "reduce_warps": 2}},
+    ],
+    ids=["wide tiles", "long segments", "short walks"],
+)
+def test_other_points_compile(overrides):
+    for kernel in kernels_of(compile_all(Problem.of("bf16", 128, 4, "kv", 512, 0, 8192, 8), **overrides)):
+        assert kernel.shared <= DEVICE.smem, kernel
+        assert kernel.stack <= 2 * MOST_STACK, kernel
+
+
+@pytest.mark.parametrize("name", list(TEMPLATES))
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("d", [32, 128, 256])
+@pytest.mark.parametrize("g", [1, 7, 16])
+def test_default_is_in_the_space_and_feasible_everywhere(name, dtype, d, g):
+    template = TEMPLATES[name]
+    for cc in (80, 86, 90, 120):
+        device = target_device(f"cuda:{cc}")
+        for k, w, n in ((1, 0, 64), (512, 512, 4096), (4096, 0, 1 << 20)):
+            problem = Problem.of(dtype, d, g, "kv", k, w, n, 8)
+            config = template.default(problem, device)
+            assert template.contains(config)
+            assert template.check(config, problem, device) is None, (problem, device.cc)

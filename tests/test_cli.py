@@ -1,0 +1,185 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from sparsek_tune import cli
+from sparsek_tune.db.store import Measured, Store
+from sparsek_tune.kernel_templates import TEMPLATES
+from sparsek_tune.presets import shapes
+from sparsek_tune.problem import target_device
+from sparsek_tune.tune import Event, Row
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    path = tmp_path / "cache.db"
+    monkeypatch.setenv("SPARSEK_TUNE_CACHE", str(path))
+    return path
+
+
+def invoke(*args):
+    return CliRunner().invoke(cli.main, list(args))
+
+
+def fake_tune(monkeypatch, rows=(), error=None):
+    """Replace the tuner; returns the list of its calls."""
+    calls = []
+
+    def tune(problems, device, store, **options):
+        calls.append((list(problems), device, options))
+        options["on_event"](Event("done", "forward", calls[0][0][0], 3, 3, 1.5, "a message"))
+        if error:
+            raise error
+        return list(rows)
+
+    monkeypatch.setattr("sparsek_tune.tune.tune", tune)
+    return calls
+
+
+def row(problem, config=None, **changes):
+    values = {"default_ms": 2.0, "tuned_ms": 1.0, "speedup": 2.0, "tried": 9, "infeasible": 3, "wrong": 1, "failed": 0}
+    return Row(problem, "forward", config=config, **{**values, **changes})
+
+
+PROBLEM = shapes(("llama-3.1-8b",), ("n=4096,k=1024",))[0].problem
+DEFAULT = TEMPLATES["forward"].default(PROBLEM, target_device("cuda:90"))
+
+
+def test_help_is_quick():
+    code = (
+        "import sys; from click.testing import CliRunner; from sparsek_tune.cli import main\n"
+        "r = CliRunner().invoke(main, ['--help']); assert r.exit_code == 0 and 'resolve' in r.output\n"
+        "print(*(m for m in ('torch', 'triton', 'optuna', 'sqlalchemy', 'rich') if m in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_run_without_gpu_says_so_and_tunes_for_the_target(cache, monkeypatch):
+    monkeypatch.setattr(cli, "_gpu", lambda index: None)
+    calls = fake_tune(monkeypatch, [row(PROBLEM, DEFAULT)])
+    result = invoke("run", "--model", "llama-3.1-8b", "--shape", "n=4096,k=1024", "--shape", "n=8192", "--effort", "quick")
+    assert result.exit_code == 0, result.output
+    assert "No GPU is used: static tuning for cuda:90" in result.stderr
+    assert "a message" in result.stderr and "a message" not in result.stdout
+    (problems, device, options) = calls[0]
+    assert [p.n for p in problems] == [4096, 8192] and problems[0] == PROBLEM and device is None
+    assert options["target"] == "cuda:90" and options["effort"] == "quick"
+    assert all(word in result.stdout for word in ("forward", "2.000", "1.000", "speed-up", "infeasible", "wrong"))
+
+
+def test_run_json_is_one_document(cache, monkeypatch):
+    fake_tune(monkeypatch, [row(PROBLEM, DEFAULT)])
+    result = invoke("run", "--target", "cuda:90", "--json")
+    document = json.loads(result.stdout)
+    assert document["rows"][0]["config"] == DEFAULT and document["rows"][0]["problem"]["k"] == 1024
+    assert document["database"] == str(cache)
+
+
+def test_run_interrupted(cache, monkeypatch):
+    fake_tune(monkeypatch, error=KeyboardInterrupt())
+    result = invoke("run", "--target", "cuda:90")
+    assert result.exit_code == 130 and "is kept" in result.stderr
+
+
+def test_run_without_a_working_config(cache, monkeypatch):
+    fake_tune(monkeypatch, [row(PROBLEM, None, tuned_ms=None)])
+    assert invoke("run", "--target", "cuda:90").exit_code == 5
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (("run", "--model", "gpt-9"), "gpt-9"),
+        (("run", "--shape", "hq=7,hkv=2"), "hq must be a multiple of hkv"),
+        (("run", "--shape", "m=7"), "fields hq"),
+        (("run", "--shape", "n=-5"), "n must be a whole number, but is '-5'"),
+        (("run", "--shape", "n=0"), "n must be at least 1, but is 0"),
+        (("run", "--shape", "d=512"), "d must be at most 256"),
+        (("run", "--shape", "dtype=fp8"), "bf16, fp16, fp32"),
+        (("run", "--shape", "gate=q"), "kv, v, none"),
+        (("run", "--shape", "n=4,n=5"), "twice"),
+        (("run", "--target", "cuda:77"), "cuda:90"),
+        (("run", "--target", "cuda:90", "--device", "0"), "exclude"),
+        (("run", "--budget", "0"), "--budget"),
+        (("run", "--effort", "huge"), "quick"),
+        (("resolve", "--target", "rocm:90"), "cuda:90"),
+    ],
+)
+def test_usage_errors(cache, args, words):
+    result = invoke(*args)
+    assert result.exit_code == 2 and words in result.stderr
+    assert not cache.exists()
+
+
+def test_resolve_needs_a_gpu_or_a_target(monkeypatch, cache):
+    monkeypatch.setattr(cli, "_gpu", lambda index: None)
+    result = invoke("resolve")
+    assert result.exit_code == 3 and "--target" in result.stderr
+
+
+def test_resolve_and_show_what_was_stored(cache):
+    device, template = target_device("cuda:90"), TEMPLATES["forward"]
+    config = next(c for c in template.feasible(PROBLEM, device) if c != DEFAULT)
+    with Store(cache) as store:
+        run = store.start_run("test")
+        store.set_winner(store.record(device, template, PROBLEM, config, Measured("static", 1.0), run), None, 1.0)
+        store.finish_run(run)
+    result = invoke("resolve", "--target", "cuda:90", "--model", "llama-3.1-8b", "--shape", "n=4096,k=1024", "--json")
+    kernels = json.loads(result.stdout)["plans"][0]["kernels"]
+    assert kernels["forward"]["grade"] == "static" and kernels["forward"]["config"] == config
+    assert kernels["dq"]["grade"] == "default"
+    entry = json.loads(invoke("show", "--json").stdout)["entries"][0]
+    assert entry["winner"]["config"] == config and entry["winner"]["static"] and entry["attempts"] == {"static": 1}
+    plain = invoke("show").stdout
+    assert "target cuda:90" in plain and "static:1" in plain
+    assert "static" in invoke("resolve", "--target", "cuda:90", "--model", "llama-3.1-8b", "--shape", "n=4096,k=1024").stdout
+
+
+def test_database_errors_have_their_code(cache):
+    assert invoke("show").exit_code == 4
+    cache.write_bytes(b"this is no database, and it must survive" * 100)
+    before = cache.read_bytes()
+    for args in (("show",), ("run", "--target", "cuda:90")):
+        result = invoke(*args)
+        assert result.exit_code == 4 and str(cache) in result.stderr
+    resolved = invoke("resolve", "--target", "cuda:90")
+    assert resolved.exit_code == 0 and "default" in resolved.stdout
+    assert cache.read_bytes() == before
+
+
+def test_doctor(cache):
+    result = invoke("doctor", "--json")
+    findings = {f["subject"]: f for f in json.loads(result.stdout)["findings"]}
+    assert {"python", "torch", "triton", "optuna", "sqlalchemy", "gpu", "database", "shipped"} <= set(findings)
+    assert findings["database"]["level"] == "note" and "sparsek-tune run" in findings["database"]["mend"]
+    assert result.exit_code == 0
+    cache.write_bytes(b"junk" * 1000)
+    broken = invoke("doctor")
+    assert broken.exit_code == 1 and "SPARSEK_TUNE_CACHE" in broken.stdout
+
+
+def test_doctor_names_a_missing_and_an_old_package(cache, monkeypatch):
+    from importlib.metadata import PackageNotFoundError
+
+    from sparsek_tune import doctor
+
+    def version(name):
+        if name == "optuna":
+            raise PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(doctor, "version", version)
+    findings = {f.subject: f for f in doctor.examine()}
+    assert findings["optuna"].level == "broken" and "pip install 'optuna>=" in findings["optuna"].mend
+    assert findings["torch"].level == "broken" and "2.11" in findings["torch"].mend
+
+
+def test_entry_point_and_exit_code(tmp_path):
+    env = {**os.environ, "SPARSEK_TUNE_CACHE": str(tmp_path / "none.db")}
+    done = subprocess.run([sys.executable, "-m", "sparsek_tune.cli", "show"], env=env, capture_output=True, text=True)
+    assert done.returncode == 4 and done.stdout == "" and "sparsek-tune run" in done.stderr

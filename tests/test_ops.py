@@ -1,0 +1,477 @@
+"""The registered ops and the public functions on the CPU, where they run the reference."""
+
+from __future__ import annotations
+
+import functools
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparsek_tune import ops
+from sparsek_tune.ops import sparsek, sparsek_attention, sparsek_select
+
+LENGTHS = (20, 37, 64, 100)
+OPTIONS = (7, 5, 0.3, "kv")  # k, window, scale, gate
+
+
+def make(n=24, b=2, hq=4, hkv=2, d=8, dtype=torch.float32, grad=False, permuted=False, seed=0):
+    """query, key, value, scores; ``permuted``: storage [B, N, H, D] and [B, N, H] as models have it."""
+    g = torch.Generator().manual_seed(seed + n)
+
+    def one(heads, *tail):
+        shape = (b, n, heads, *tail) if permuted else (b, heads, n, *tail)
+        t = torch.randn(shape, generator=g, dtype=torch.float64)
+        t = (t.transpose(1, 2) if permuted else t).to(torch.float32 if not tail and dtype.itemsize < 8 else dtype)
+        return t.requires_grad_(grad)
+
+    return one(hq, d), one(hkv, d), one(hkv, d), one(hkv)
+
+
+def dense_attention(query, key, value, scores, k, window, scale, gate):
+    """Section 1 of the design, literally: one query at a time, tau by bisection."""
+    b, hq, n, _ = query.shape
+    hkv = key.shape[1]
+    out = torch.empty_like(query)
+    for row in range(b * hq):
+        i_b, i_h = divmod(row, hq)
+        q, kv = query[i_b, i_h], i_h // (hq // hkv)
+        kk, vv, u = key[i_b, kv], value[i_b, kv], scores[i_b, kv].tolist()
+        for i in range(n):
+            candidates = list(range(i - window + 1))
+            chosen = sorted(candidates, key=lambda j: (-u[j], j))[:k]
+            tau = -math.inf
+            if len(candidates) > k:
+                low, high = min(u) - 2, max(u) + 2
+                for _ in range(80):
+                    mid = (low + high) / 2
+                    total = sum(min(max(u[j] - mid, 0), 1) for j in candidates)
+                    low, high = (mid, high) if total > k else (low, mid)
+                tau = high
+            keys = [*range(max(0, i - window + 1), i + 1), *chosen] if window else chosen
+            m = [1.0 if j > i - window else min(max(u[j] - tau, 0), 1) for j in keys]
+            m = torch.tensor(m, dtype=query.dtype)
+            logits = scale * (kk[keys] @ q[i]) * (m if gate == "kv" else 1)
+            out[i_b, i_h, i] = (torch.softmax(logits, 0) * (m if gate != "none" else 1)) @ vv[keys]
+    return out
+
+
+def attention_args(grad=False, **kwargs):
+    return (*make(grad=grad, **kwargs), *OPTIONS)
+
+
+def backward_args(**kwargs):
+    args = attention_args(**kwargs)
+    out, *rest = ops.ATTENTION(*args)
+    return (torch.randn_like(out), *args[:4], out, *rest, *OPTIONS)
+
+
+# Meaning
+
+
+@pytest.mark.parametrize("gate", ["kv", "v", "none"])
+@pytest.mark.parametrize("window", [0, 5])
+def test_forward_is_the_definition(gate, window):
+    tensors = make(n=30, b=1, dtype=torch.float64)
+    out = sparsek_attention(*tensors, 6, window=window, scale=0.4, gate=gate)
+    assert_close(out, dense_attention(*tensors, 6, window, 0.4, gate), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("gate", ["kv", "v"])
+def test_gradients_are_exact(gate):
+    tensors = make(n=14, b=1, hq=2, hkv=1, d=3, dtype=torch.float64, grad=True)
+    assert torch.autograd.gradcheck(lambda *t: sparsek_attention(*t, 3, window=2, gate=gate), tensors, eps=1e-7)
+
+
+def test_gate_none_has_no_score_gradient():
+    *qkv, scores = make(grad=True)
+    sparsek_attention(*qkv, scores, 3, window=2, gate="none").sum().backward()
+    assert scores.grad is None
+    assert all(t.grad.abs().sum() > 0 for t in qkv)
+
+
+def test_default_scale_and_output_layout():
+    query, *rest = make(permuted=True)
+    out = sparsek_attention(query, *rest, 5)
+    assert out.is_contiguous()
+    assert_close(out, sparsek_attention(query, *rest, 5, scale=query.shape[-1] ** -0.5), rtol=0, atol=0)
+
+
+def test_layout_of_inputs_does_not_matter():
+    permuted, contiguous = make(permuted=True), [t.contiguous() for t in make(permuted=True)]
+    assert not permuted[0].is_contiguous()
+    assert_close(sparsek_attention(*permuted, 5), sparsek_attention(*contiguous, 5), rtol=0, atol=0)
+
+
+def test_budget_and_window_beyond_the_length():
+    query, key, value, scores = make(n=20, dtype=torch.float64)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    for k, window in ((20, 0), (10**6, 0), (1, 20), (1, 10**6), (2**31 - 1, 2**31 - 1)):
+        assert_close(sparsek_attention(query, key, value, scores, k, window=window), expected)
+        tau, expiry = sparsek_select(scores, k, window=window)
+        assert tau.isneginf().all()
+        assert (expiry == 20).all()
+
+
+def test_select_returns_intervals():
+    scores = torch.tensor([[[3.0, 1.0, 2.0, 5.0, 2.0, 4.0]]])
+    tau, expiry = sparsek_select(scores.requires_grad_(), 2, window=1)
+    # The candidates of query i are the keys 0..i-1. Key 1 is out at query 3, key 2 at query 4, key 4 is never in.
+    assert expiry.tolist() == [[[6, 3, 4, 6, 5, 6]]]
+    assert tau.dtype == torch.float32 and expiry.dtype == torch.int32
+    assert not tau.requires_grad
+    assert tau[0, 0, :3].isneginf().all() and tau[0, 0, 3:].isfinite().all()
+
+
+def test_projection():
+    z = torch.randn(3, 9, 2, dtype=torch.float64, requires_grad=True)
+    p = sparsek(z, 4, dim=1)
+    assert_close(p.sum(1), torch.full((3, 2), 4.0, dtype=torch.float64))
+    assert p.min() >= 0 and p.max() <= 1
+    assert torch.autograd.gradcheck(lambda z: sparsek(z, 4, 1), z)
+    assert (sparsek(z, 12, 1) == 1).all()
+    assert_close(torch.compile(sparsek, fullgraph=True, backend="aot_eager")(z, 4, 1), p)
+
+
+def test_half_scores_are_computed_in_float32():
+    *qkv, scores = make()
+    half = scores.half().requires_grad_()
+    out = sparsek_attention(*qkv, half, 5, window=2)
+    assert_close(out, sparsek_attention(*qkv, half.detach().float(), 5, window=2), rtol=0, atol=0)
+    out.sum().backward()
+    assert half.grad.dtype == torch.float16 and half.grad.abs().sum() > 0
+
+
+def test_results_repeat_bit_for_bit():
+    def run():
+        tensors = make(n=64, grad=True)
+        out = sparsek_attention(*tensors, 9, window=3)
+        out.square().sum().backward()
+        return out, *(t.grad for t in tensors)
+
+    for a, b in zip(run(), run(), strict=True):
+        assert torch.equal(a, b)
+
+
+# Registration
+
+
+@pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
+@pytest.mark.parametrize("grad", [False, True], ids=["plain", "grad"])
+@pytest.mark.parametrize("name", ["select", "attention", "attention_backward"])
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")  # the Function outside of the ops has it
+def test_opcheck(name, grad, permuted):
+    if name == "select":
+        args = (make(grad=grad, permuted=permuted)[3], 7, 5)
+    elif name == "attention":
+        args = attention_args(grad=grad, permuted=permuted)
+    else:
+        args = tuple(
+            t.detach().requires_grad_(grad) if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+            for t in backward_args(permuted=permuted)
+        )
+    torch.library.opcheck(getattr(torch.ops.sparsek, name).default, args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_fake_dtypes_are_the_real_ones(dtype):
+    for op, args in (
+        (ops.ATTENTION, attention_args(dtype=dtype)),
+        (ops.ATTENTION_BACKWARD, backward_args(dtype=dtype)),
+    ):
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_ops_are_tagged():
+    for op in (ops.SELECT, ops.ATTENTION, ops.ATTENTION_BACKWARD):
+        assert {torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides} <= set(op.tags)
+
+
+def test_import_loads_torch_triton_and_the_standard_library_only():
+    code = (
+        "import sys, torch\ntry:\n    import triton\nexcept ImportError:\n    pass\nbefore = set(sys.modules)\n"
+        "import sparsek_tune.ops\n"
+        "new = {m.split('.')[0] for m in set(sys.modules) - before} - sys.stdlib_module_names\n"
+        "print(*sorted(new - {'torch', 'triton', 'sparsek_tune'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+# Compilation
+
+
+def layer(query, key, value, scores):
+    """An operator between two others, so that the compiler has something to plan around it."""
+    return sparsek_attention(query * 1.5, key, value, scores, 7, window=5).relu()
+
+
+def run_compiled(compiled, n, permuted):
+    a, b = make(n=n, grad=True, permuted=permuted), make(n=n, grad=True, permuted=permuted)
+    got, expected = compiled(*a), layer(*b)
+    assert_close(got, expected)
+    got.square().sum().backward()
+    expected.square().sum().backward()
+    for x, y in zip(a, b, strict=True):
+        assert_close(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
+def test_one_graph_serves_every_length(permuted):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    for n in LENGTHS:
+        run_compiled(compiled, n, permuted)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler on the CPU")
+def test_inductor():
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for n in LENGTHS[:2]:
+        run_compiled(compiled, n, permuted=True)
+
+
+def test_select_compiles():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda u: sparsek_select(u, 4, window=2)[1] + 1, fullgraph=True, backend="aot_eager")
+    scores = make()[3]
+    assert torch.equal(compiled(scores), sparsek_select(scores, 4, window=2)[1] + 1)
+
+
+def test_compiled_code_checks_arguments_too():
+    torch._dynamo.reset()
+    query, key, value, scores = make()
+    compiled = torch.compile(lambda *t: sparsek_attention(*t, 4), fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="scores must be of shape"):
+        compiled(query, key, value, scores[:, :, :-1])
+
+
+def test_export_keeps_the_op():
+    class Layer(torch.nn.Module):
+        def forward(self, *tensors):
+            return layer(*tensors)
+
+    program = torch.export.export(Layer(), make(), strict=False)
+    assert [str(node.target) for node in program.graph.nodes].count("sparsek.attention.default") == 1
+    assert_close(program.module()(*make()), layer(*make()))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_casts_all_but_the_scores(compiled):
+    torch._dynamo.reset()
+    function = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+    tensors = make(grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = function(*tensors)
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in tensors)
+    cast = [t.detach().bfloat16() for t in (tensors[0] * 1.5, *tensors[1:3])]
+    assert_close(out, sparsek_attention(*cast, tensors[3].detach(), 7, window=5).relu(), rtol=0, atol=0)
+
+
+def test_autocast_mends_mixed_dtypes():
+    query, key, value, scores = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sparsek_attention(query.bfloat16(), key, value, scores, 4).dtype == torch.bfloat16
+
+
+# Other systems that look at ops by name
+
+
+class CountForward(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is ops.ATTENTION
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("save", "runs"), [(False, 2), (True, 1)])
+def test_selective_checkpointing_sees_the_op(save, runs):
+    def policy(ctx, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if save and op is ops.ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    tensors, same = make(grad=True), make(grad=True)
+    with CountForward() as mode:
+        checkpoint(layer, *tensors, use_reentrant=False, context_fn=contexts).sum().backward()
+    assert mode.count == runs
+    layer(*same).sum().backward()
+    for a, b in zip(tensors, same, strict=True):
+        assert_close(a.grad, b.grad, rtol=0, atol=0)
+
+
+def test_flop_counts():
+    n, k, window = 40, 7, 5
+    tensors = make(n=n, b=2, hq=4, d=8, grad=True)
+    with FlopCounterMode(display=False) as mode:
+        out = sparsek_attention(*tensors, k, window=window)
+    pairs = sum(min(i + 1, k + window) for i in range(n))
+    assert mode.get_total_flops() == 4 * 8 * 2 * 4 * pairs
+    with FlopCounterMode(display=False) as mode:
+        out.sum().backward()
+    assert mode.get_total_flops() == 10 * 8 * 2 * 4 * pairs
+
+
+def test_vmap_is_a_loop():
+    many = [torch.stack(ts) for ts in zip(*(make(seed=s) for s in range(3)), strict=True)]
+    key = many[1][0]
+
+    def loss(query, value, scores):
+        return layer(query, key, value, scores).square().sum()
+
+    query, _, value, scores = many
+    got = torch.vmap(torch.func.grad_and_value(loss, argnums=(0, 1, 2)), in_dims=(0, 1, 0))(
+        query, value.movedim(0, 1), scores
+    )
+    for i in range(3):
+        expected = torch.func.grad_and_value(loss, argnums=(0, 1, 2))(query[i], value[i], scores[i])
+        assert_close(got[1][i], expected[1])
+        for a, b in zip(got[0], expected[0], strict=True):
+            assert_close(a[i], b)
+
+
+def test_vmap_of_select():
+    scores = torch.randn(3, 2, 2, 24)
+    tau, expiry = torch.vmap(lambda u: sparsek_select(u, 4, window=2), in_dims=1)(scores)
+    for i in range(2):
+        one = sparsek_select(scores[:, i], 4, window=2)
+        assert torch.equal(tau[i], one[0]) and torch.equal(expiry[i], one[1])
+
+
+def test_second_derivative_is_refused():
+    tensors = make(grad=True)
+    (grad,) = torch.autograd.grad(layer(*tensors).square().sum(), tensors[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|differentiable once|twice"):
+        grad.sum().backward()
+
+
+# Arguments
+
+
+def bad(**changes):
+    return lambda: {**dict(zip(("query", "key", "value", "scores"), make(), strict=True)), "k": 4, **changes}
+
+
+def changed(name, change):
+    def build():
+        args = dict(zip(("query", "key", "value", "scores"), make(), strict=True))
+        return {**args, "k": 4, name: change(args[name])}
+
+    return build
+
+
+INVALID = {
+    "query no tensor": (bad(query=[1.0]), TypeError, r"query must be a torch.Tensor, but is list"),
+    "query integer": (changed("query", torch.Tensor.int), TypeError, r"query must be floating point.*int32"),
+    "query rank": (changed("query", lambda t: t[0]), ValueError, r"query must be \[B, Hq, N, D\].*\[4, 24, 8\]"),
+    "query empty": (changed("query", lambda t: t[:, :, :0]), ValueError, r"query must be .*no size 0.*\[2, 4, 0, 8\]"),
+    "query heads": (changed("query", lambda t: t[:, :3]), ValueError, r"key must be .*divisor of query's Hq = 3"),
+    "query float8": (
+        changed("query", lambda t: t.to(torch.float8_e4m3fn)),
+        TypeError,
+        r"query must be float32.*float8",
+    ),
+    "key rank": (changed("key", lambda t: t[0]), ValueError, r"key must be \[B, Hkv, N, D\].*\[2, 24, 8\]"),
+    "key length": (
+        changed("key", lambda t: t[:, :, 1:]),
+        ValueError,
+        r"key must be .*\[2, 2, 24, 8\].*\[2, 2, 23, 8\]",
+    ),
+    "key dtype": (changed("key", torch.Tensor.half), TypeError, r"key must have query's dtype torch.float32.*float16"),
+    "key device": (changed("key", lambda t: t.to("meta")), ValueError, r"key must be on query's device cpu.*meta"),
+    "value head size": (changed("value", lambda t: t[..., 1:]), ValueError, r"value must be of shape.*\[2, 2, 24, 7\]"),
+    "value dtype": (changed("value", torch.Tensor.double), TypeError, r"value must have query's dtype.*float64"),
+    "scores rank": (changed("scores", lambda t: t[..., None]), ValueError, r"scores must be of shape \[B, Hkv, N\]"),
+    "scores heads": (changed("scores", lambda t: t[:, :1]), ValueError, r"scores must be .*\[2, 2, 24\].*\[2, 1, 24\]"),
+    "scores integer": (changed("scores", torch.Tensor.long), TypeError, r"scores must be floating point.*int64"),
+    "scores float64": (
+        changed("scores", torch.Tensor.double),
+        TypeError,
+        r"scores must be float32.*but is torch.float64",
+    ),
+    "k zero": (bad(k=0), ValueError, r"k must be in \[1, 2147483647\], but is 0"),
+    "k huge": (bad(k=2**31), ValueError, r"k must be in .*2147483648"),
+    "k bool": (bad(k=True), TypeError, r"k must be an int, but is True of type bool"),
+    "k float": (bad(k=4.0), TypeError, r"k must be an int, but is 4.0 of type float"),
+    "window negative": (bad(window=-1), ValueError, r"window must be in \[0, 2147483647\], but is -1"),
+    "window none": (bad(window=None), TypeError, r"window must be an int, but is None"),
+    "scale inf": (bad(scale=math.inf), ValueError, r"scale must be finite, but is inf"),
+    "scale text": (bad(scale="1"), TypeError, r"scale must be a float or None, but is '1'"),
+    "gate": (bad(gate="k"), ValueError, r"gate must be one of 'kv', 'v', 'none', but is 'k'"),
+}
+
+
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_attention_arguments(case, monkeypatch):
+    build, error, message = INVALID[case]
+    monkeypatch.setattr(ops, "_Attention", None)  # nothing may get this far
+    with pytest.raises(error, match=message):
+        sparsek_attention(**build())
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        ((torch.zeros(2, 3), 1), ValueError, r"scores must be \[B, Hkv, N\].*\[2, 3\]"),
+        ((torch.zeros(2, 3, 0), 1), ValueError, r"scores must be .*no size 0"),
+        ((torch.zeros(1, 2, 3, dtype=torch.int64), 1), TypeError, r"scores must be floating point"),
+        (([1.0], 1), TypeError, r"scores must be a torch.Tensor"),
+        ((torch.zeros(1, 2, 3), 0), ValueError, r"k must be in"),
+        ((torch.zeros(1, 2, 3), 1.5), TypeError, r"k must be an int"),
+    ],
+)
+def test_invalid_select_arguments(args, error, message):
+    with pytest.raises(error, match=message):
+        sparsek_select(*args)
+
+
+def test_invalid_select_window():
+    with pytest.raises(ValueError, match=r"window must be in \[0, 2147483647\], but is -3"):
+        sparsek_select(torch.zeros(1, 2, 3), 1, window=-3)
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        ((None, 1), TypeError, r"z must be a torch.Tensor"),
+        ((torch.zeros(3, dtype=torch.int32), 1), TypeError, r"z must be floating point"),
+        ((torch.zeros(3), 0), ValueError, r"k must be in"),
+        ((torch.zeros(3), 1, 1), ValueError, r"dim must be in \[-1, 1\) for z of shape \[3\], but is 1"),
+        ((torch.zeros(3), 1, 0.5), TypeError, r"dim must be an int"),
+    ],
+)
+def test_invalid_projection_arguments(args, error, message):
+    with pytest.raises(error, match=message):
+        sparsek(*args)
+
+
+def test_the_ops_check_arguments_themselves():
+    query, key, value, scores = make()
+    with pytest.raises(ValueError, match="key must be of shape"):
+        ops.ATTENTION(query, key[:, :, 1:], value, scores, *OPTIONS)
+    with pytest.raises(ValueError, match="k must be in"):
+        ops.SELECT(scores, 0, 0)
+    dout, *rest = backward_args()
+    with pytest.raises(ValueError, match="dout must be of shape"):
+        ops.ATTENTION_BACKWARD(dout[:, :1], *rest)
+
+
+def test_nan_scores_return():
+    query, key, value, scores = make()
+    scores[:, :, 3] = math.nan
+    assert sparsek_attention(query, key, value, scores, 4, window=2).shape == query.shape

@@ -1,0 +1,142 @@
+"""The real kernels in Triton's interpreter, through the ops, against the reference in float64.
+
+Own process: ``TRITON_INTERPRET=1 pytest -m interpret``. It covers indexing, masks and arithmetic; races, shared memory
+and bfloat16 only a GPU shows.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from sparsek_tune import ops, reference
+from sparsek_tune.ops import sparsek_attention, sparsek_select
+
+pytestmark = [
+    pytest.mark.interpret,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"),
+]
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. ``scores``: how they run over positions; ``permuted``: storage [B, N, H, D]."""
+
+    n: int = 70
+    k: int = 12
+    w: int = 10
+    g: int = 2
+    d: int = 32
+    gate: str = "kv"
+    scores: str = "random"
+    dtype: torch.dtype = torch.float32
+    b: int = 1
+    hkv: int = 1
+    permuted: bool = False
+
+    def tensors(self) -> list[torch.Tensor]:
+        gen = torch.Generator().manual_seed(self.n + self.k)
+
+        def one(heads: int) -> torch.Tensor:
+            t = torch.randn(self.b, self.n, heads, self.d, generator=gen).to(self.dtype).transpose(1, 2)
+            return (t if self.permuted else t.contiguous()).detach().requires_grad_()
+
+        u = make_scores(self.scores, (self.b, self.hkv, self.n), gen).requires_grad_()
+        return [one(self.g * self.hkv), one(self.hkv), one(self.hkv), u]
+
+
+def make_scores(kind: str, shape: tuple[int, ...], gen: torch.Generator) -> torch.Tensor:
+    noise, ramp = torch.randn(shape, generator=gen), torch.arange(shape[-1]) / 8
+    return {
+        "random": noise,
+        "wide": 20 * noise,
+        "ties": (2 * noise).round() / 2,
+        "equal": torch.full(shape, 0.25),
+        "rising": ramp.expand(shape).clone(),
+        "falling": (-ramp).expand(shape).clone(),
+        "slope": noise + 1e-3 * torch.arange(shape[-1]),
+    }[kind]
+
+
+CASES = [
+    *(Case(scores=s) for s in ("random", "wide", "ties", "equal", "rising", "falling", "slope")),
+    *(Case(scores=s, w=0, k=5) for s in ("random", "ties", "equal")),
+    *(Case(gate=g, w=w) for g in ("v", "none") for w in (0, 10)),
+    *(Case(n=n, k=k, w=w) for n, k, w in ((1, 1, 0), (2, 1, 1), (50, 1, 0), (50, 1, 7), (50, 49, 0), (50, 50, 0))),
+    *(Case(n=50, k=k, w=w) for k, w in ((10**6, 4), (3, 49), (3, 50), (3, 10**6), (20, 31))),
+    *(Case(n=50, g=g, d=d) for g, d in ((1, 80), (3, 32), (4, 80), (3, 80))),
+    *(Case(dtype=torch.float16, gate=g, w=w, d=d) for g, w, d in (("kv", 10, 80), ("v", 0, 32), ("none", 5, 32))),
+    Case(b=2, hkv=2, n=40, permuted=True),
+    Case(b=2, hkv=2, n=40, permuted=True, dtype=torch.float16, scores="ties"),
+    Case(n=300, k=20, w=30, g=1),  # two segments
+]
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor, floor: float = 0.0) -> float:
+    """Relative to ``floor``, the size of what cancels, where the expected value is zero but for rounding."""
+    size = expected.norm().item()
+    return (got.double() - expected).norm().item() / (size if size > 1e-3 * floor else floor)
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_kernels_agree_with_the_reference(case):
+    tensors = case.tensors()
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    out = sparsek_attention(*tensors, case.k, window=case.w, gate=case.gate)
+    expected = reference.sparsek_attention(*exact, case.k, window=case.w, gate=case.gate)
+    errors = {"out": relative_error(out.detach(), expected.detach())}
+    gen = torch.Generator().manual_seed(1)
+    dout = torch.randn(out.shape, generator=gen).to(case.dtype)
+    out.backward(dout)
+    expected.backward(dout.double())
+    for name, t, e in zip(("query", "key", "value", "scores"), tensors, exact, strict=True):
+        if name == "scores" and case.gate == "none":
+            assert t.grad is None
+        else:
+            errors[name] = relative_error(t.grad, e.grad, floor=dout.norm().item())
+    assert max(errors.values()) < TOLERANCE[case.dtype], errors
+
+
+def test_it_is_the_kernels_that_run(monkeypatch):
+    launch, _ = ops._modules()
+    seen = []
+    for name in ("attention", "attention_backward", "threshold"):
+        real = getattr(launch, name)
+        monkeypatch.setattr(launch, name, lambda *a, real=real, name=name: (seen.append(name), real(*a))[1])
+    tensors = Case(n=20).tensors()
+    sparsek_attention(*tensors, 3).sum().backward()  # the gradient of sum is expanded, with strides of zero
+    sparsek_select(tensors[3], 3)
+    assert seen == ["attention", "threshold", "attention_backward", "threshold"]
+    seen.clear()
+    sparsek_attention(*(t.double() for t in tensors), 3)
+    assert not seen
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "equal", "rising", "falling"])
+@pytest.mark.parametrize("window", [0, 9])
+def test_selection_agrees_with_the_reference(kind, window):
+    scores = make_scores(kind, (2, 1, 90), torch.Generator().manual_seed(3))
+    got, expected = ops.SELECT(scores, 11, window), reference.select(scores.double(), 11, window)
+    torch.testing.assert_close(got[0].double(), expected[0], rtol=0, atol=1e-5)
+    assert torch.equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")  # the Function outside of the ops has it
+def test_opcheck(permuted):
+    args = (*Case(n=20, d=16, permuted=permuted).tensors(), 4, 3, 0.3, "kv")
+    torch.library.opcheck(ops.ATTENTION, args)
+
+
+def test_compiles():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *t: sparsek_attention(*t, 4, window=3) * 2, fullgraph=True, backend="aot_eager")
+    a, b = Case(n=30, permuted=True).tensors(), Case(n=30, permuted=True).tensors()
+    compiled(*a).sum().backward()
+    (sparsek_attention(*b, 4, window=3) * 2).sum().backward()
+    assert all(torch.equal(x.grad, y.grad) for x, y in zip(a, b, strict=True))

@@ -1,0 +1,86 @@
+"""The wheel: what is in it, and that it works from anywhere without the checkout."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from sparsek_tune.kernel_templates import TEMPLATES
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    out = tmp_path_factory.mktemp("wheel")
+    source = tmp_path_factory.mktemp("source") / "checkout"
+    files = [p for p in ROOT.rglob("*") if p.is_file() and not any(part in SKIP for part in p.relative_to(ROOT).parts)]
+    for path in files:  # a copy: building must not leave anything in the checkout
+        to = source / path.relative_to(ROOT)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_bytes(path.read_bytes())
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(out.glob("*.whl"))
+
+
+SKIP = {".git", ".venv", "build", "dist", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis", ".whl", ".dev"}
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    site = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
+    subprocess.run(command, check=True, capture_output=True)
+    return site
+
+
+def python(site: Path, code: str) -> str:
+    """Output of code run from / with only ``site`` in front: -I would hide it, so the editable install is removed."""
+    prelude = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')"
+        f" and '__editable__' not in repr(f)]; sys.path.insert(0, {str(site)!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", prelude + code], cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_content(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    top = {n.split("/")[0] for n in names}
+    assert {t for t in top if not t.endswith(".dist-info")} == {"sparsek_tune"}
+    assert "sparsek_tune/py.typed" in names
+    for package in ("kernel_templates", "db", "db/migrations", "db/pretuned", "tune"):
+        have = {p.name for p in (ROOT / _folder(package)).iterdir() if p.suffix in (".py", ".sql", ".json")}
+        assert have <= {n.split("/")[-1] for n in names if n.startswith(f"sparsek_tune/{package}/")}, package
+    assert not any(n.endswith((".db", ".whl")) for n in names)
+
+
+def _folder(package: str) -> str:
+    return f"sparsek_tune/{package}" if package == "tune" else package
+
+
+def test_imports_from_elsewhere(installed):
+    where = python(installed, "import sparsek_tune.ops, sparsek_tune.db.store as s; print(s.__file__)")
+    assert where.startswith(str(installed))
+
+
+def test_source_hashes_are_those_of_the_checkout(installed):
+    code = "from sparsek_tune.kernel_templates import TEMPLATES as T; print(*(t.source_hash for t in T.values()))"
+    assert python(installed, code).split() == [t.source_hash for t in TEMPLATES.values()]
+
+
+def test_command_line_and_database_work(installed, tmp_path):
+    code = (
+        f"import os; os.environ['SPARSEK_TUNE_CACHE'] = {str(tmp_path / 'c.db')!r}\n"
+        "from sparsek_tune.db.store import Store\n"
+        "with Store() as s: print(len(s.winners()))\n"
+        "import sys; sys.argv = ['sparsek-tune', 'resolve', '--target', 'cuda:90', '--json']\n"
+        "from sparsek_tune.cli import main; main()"
+    )
+    out = python(installed, code)
+    assert out.startswith("0\n{") and '"grade": "default"' in out

@@ -1,0 +1,32 @@
+import pytest
+
+from sparsek_tune.presets import MODELS, Shape, parse_fields, shapes
+
+
+def test_models_are_valid_shapes():
+    for hq, hkv, d in MODELS.values():
+        assert Shape(hq=hq, hkv=hkv, d=d).problem.g == hq // hkv
+
+
+def test_a_text_wins_over_the_model_and_both_multiply():
+    found = shapes(("llama-3.1-8b", "gpt2-small"), ("n=4096", "n=8192,d=32"))
+    assert [(s.hq, s.d, s.n) for s in found] == [(32, 128, 4096), (32, 32, 8192), (12, 64, 4096), (12, 32, 8192)]
+
+
+def test_equal_shapes_come_once():
+    assert len(shapes(("qwen3-4b", "qwen3-8b"), ("n=4096",))) == 1
+
+
+def test_the_default_suite_has_three_problems():
+    assert len({s.problem for s in shapes((), ())}) == 3
+
+
+def test_problem_buckets_length_and_rows_only():
+    p = Shape(n=5000, b=3, hkv=5, hq=10, k=1000, w=300).problem
+    assert (p.n, p.rows, p.g, p.k, p.w) == (8192, 16, 2, 1000, 300)
+
+
+@pytest.mark.parametrize("text", ["n", "n=", "n=1.5", "n=1e3", "foo=1", "n=²"])
+def test_bad_fields(text):
+    with pytest.raises(ValueError):
+        parse_fields(text)

@@ -1,0 +1,126 @@
+"""Templates and stages without kernels: every way in which a candidate can hurt its worker, and clean timings too."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+
+from sparsek_tune.kernel_templates.base import Choice, Config, Cost, Param, Pow2, Template
+from sparsek_tune.problem import Device, Problem
+from sparsek_tune.tune.types import Kernel
+
+PROBLEM = Problem.of("bf16", 64, 4, "kv", 64, 32, 1024, 8)
+DEVICE = Device("cuda", 90, "fake GPU", 132, 232448, 50 << 20)
+STATIC = Device("cuda", 90, "target cuda:90", 132, 232448, 50 << 20)
+FACTORY = "faults:make"
+
+
+class OutOfMemoryError(RuntimeError):
+    """Stands for torch's."""
+
+
+def template(name="fake", tiles=(16, 128), faults=("none",), fields=("n", "d"), check=None):
+    """A template with a tile and, as its second parameter, what goes wrong. The default: tile 32, no fault."""
+    return Template(
+        name=name,
+        fields=frozenset(fields),
+        space=(Param("tile", Pow2(*tiles)), Param("fault", Choice(faults))),
+        default=lambda problem, device: Config(tile=32, fault=faults[0]),
+        check=check or (lambda config, problem, device: None),
+        cost=lambda config, problem: Cost(1e12, 1e6 * config["tile"]),
+        sources=(__file__,),
+    )
+
+
+def true_ms(config):
+    """The time of a config without noise: tile 128 is best by far."""
+    return 16.0 / config["tile"]
+
+
+class Stage:
+    def __init__(self, spec, mode):
+        self.spec, self.mode = spec, mode
+
+    def prepare(self):
+        log = os.environ.get("FAULTS_LOG")
+        if log:
+            with open(log, "a") as f:
+                f.write(f"{self.mode} {self.spec.template} {os.getpid()}\n")
+
+    def compile(self, config):
+        print("garbage of a compiler " * 1000)
+        match config["fault"]:
+            case "compile error":
+                raise ValueError("no such instruction")
+            case "compile hang":
+                time.sleep(600)
+            case "compile crash":
+                os.kill(os.getpid(), signal.SIGABRT)
+            case "spills":
+                return [Kernel("k", 255, 4096, 1024, 4)]
+            case "shared memory":
+                return [Kernel("k", 128, 0, 1 << 20, 4)]
+        return [Kernel("k", 64, 0, 1024, 4)]
+
+    def verify(self, config):
+        match config["fault"]:
+            case "wrong":
+                return "out: relative error 1"
+            case "prints":
+                sys.stdout.write("\x00\xff garbage\n" * 100)
+                sys.stdout.flush()
+                os.write(1, b"\x01\x02\x03 raw garbage\n")
+        return None
+
+    def sampler(self, config):
+        match config["fault"]:
+            case "hang":
+                time.sleep(600)
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "segfault":
+                os.write(2, b"about to fault\n")
+                os.kill(os.getpid(), signal.SIGSEGV)
+            case "exit":
+                os._exit(3)
+            case "out of memory":
+                raise OutOfMemoryError("CUDA out of memory")
+            case "illegal address":
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            case "raises":
+                raise KeyError("a bug")
+        # A wrong kernel is often a fast one.
+        ms, rng = true_ms(config) / (100 if config["fault"] == "wrong" else 1), random.Random(config.key)
+        return lambda count: [ms * (1 + 0.01 * rng.random()) for _ in range(count)]
+
+
+def make(spec, mode):
+    return Stage(spec, mode)
+
+
+class Echo:
+    """A service for the channel's own tests."""
+
+    def __init__(self, *arguments):
+        if arguments and arguments[0] == "fail":
+            raise ValueError("refused")
+        self.arguments = arguments
+
+    def echo(self, value):
+        return value, os.getpid(), self.arguments
+
+    def child(self, path):
+        """Leave a grandchild behind that would outlive a careless kill."""
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(600)
+            os._exit(0)
+        with open(path, "w") as f:
+            f.write(str(pid))
+        time.sleep(600)
+
+    def unpicklable(self):
+        return lambda: None

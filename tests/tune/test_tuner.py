@@ -1,0 +1,241 @@
+"""Whole runs over stages that fail in every way: the run goes on, the store tells the truth, the right config wins."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import faults
+import pytest
+
+from sparsek_tune.db.store import Measured, Store
+from sparsek_tune.kernel_templates.base import Config
+from sparsek_tune.tune import EFFORTS, types
+from sparsek_tune.tune.tuner import tune
+
+TINY = types.Effort(40, 60.0, 0.01, 3, 0.01, 4, 2, timeout=3.0)
+BAD = {  # fault: status
+    "wrong": "wrong",
+    "hang": "timeout",
+    "kill": "runtime",
+    "segfault": "runtime",
+    "exit": "runtime",
+    "out of memory": "runtime",
+    "illegal address": "runtime",
+    "raises": "runtime",
+    "compile error": "compile",
+    "compile hang": "timeout",
+    "compile crash": "compile",
+    "spills": "infeasible",
+    "shared memory": "infeasible",
+}
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    monkeypatch.setitem(EFFORTS, "tiny", TINY)
+    with Store(tmp_path / "cache.db") as store:
+        yield store
+
+
+def go(store, *templates, problems=(faults.PROBLEM,), **options):
+    options = {"effort": "tiny", "factory": faults.FACTORY, **options}
+    return tune(problems, faults.DEVICE, store, templates={t.name: t for t in templates}, **options)
+
+
+def latest(store, template, problem=faults.PROBLEM):
+    return {r.config: r.result for r in store.measurements(faults.DEVICE, template, problem)}
+
+
+def gone(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().split()[2] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_every_fault_costs_its_candidate_alone(store, capfd):
+    t = faults.template(tiles=(32, 32), faults=("none", "prints", *BAD))
+    events = []
+    (row,) = go(store, t, on_event=events.append)
+    results = {c["fault"]: r for c, r in latest(store, t).items()}
+    assert {f: results[f].status for f in BAD} == BAD
+    assert results["none"].status == results["prints"].status == "ok"
+    assert "SIGSEGV" in results["segfault"].reason and "about to fault" in results["segfault"].reason
+    assert "exit status 3" in results["exit"].reason and "out of memory" in results["out of memory"].reason
+    assert "4096 bytes" in results["spills"].reason and "232448" in results["shared memory"].reason
+    assert (row.tried, row.infeasible, row.wrong, row.failed) == (15, 4, 1, 8)
+    assert row.config["fault"] in ("none", "prints") and row.problem == faults.PROBLEM.project(t.fields)
+    assert events[0].kind == "start" and events[-1].kind == "done" and events[-1].done == 15
+    assert [e.done for e in events if e.kind == "trial"] == list(range(1, 16))
+    captured = capfd.readouterr()
+    assert captured.out == captured.err == ""  # nothing that a worker printed
+
+
+def test_the_fastest_right_config_wins_and_is_stored(store):
+    t = faults.template(tiles=(16, 256), faults=("none", "wrong"))
+    (row,) = go(store, t)
+    assert row.config == Config(tile=256, fault="none")  # the wrong ones claim to be a hundred times faster
+    assert row.default_ms == pytest.approx(0.5, rel=0.02) and row.speedup == pytest.approx(8, rel=0.05)
+    (winner,) = store.winners()
+    assert Config.from_key(winner.config) == row.config and winner.default_ms == row.default_ms
+    assert not winner.static and winner.tuned_ms == row.tuned_ms
+    assert latest(store, t)[row.config].protocol["phase"] == "race"
+
+
+def test_the_default_is_measured_first_and_stays_where_nothing_beats_it(store):
+    t = faults.template(tiles=(16, 32))
+    (row,) = go(store, t)
+    assert row.config == Config(tile=32, fault="none") and row.speedup == 1.0
+    assert store.measurements(faults.DEVICE, t, faults.PROBLEM)[0].config == row.config
+
+
+@pytest.mark.parametrize("fault", ["wrong", "segfault"])
+def test_without_a_working_default_there_is_no_winner(store, fault):
+    t = faults.template(tiles=(32, 64), faults=(fault, "none"))
+    (row,) = go(store, t)
+    assert row.config is None and row.tuned_ms is None and row.tried == 1 and store.winners() == []
+
+
+def test_a_second_run_measures_nothing_again(store, monkeypatch, tmp_path):
+    t = faults.template(tiles=(16, 256))
+    first = go(store, t)
+    count = len(store.measurements(faults.DEVICE, t, faults.PROBLEM))
+    monkeypatch.setenv("FAULTS_LOG", str(tmp_path / "log"))
+    assert go(store, t) == first
+    assert len(store.measurements(faults.DEVICE, t, faults.PROBLEM)) == count
+    assert not (tmp_path / "log").exists()  # not one worker was started
+
+
+def test_a_default_that_failed_before_is_tried_again(store):
+    t = faults.template(tiles=(32, 64))
+    run = store.start_run("earlier")
+    store.record(faults.DEVICE, t, faults.PROBLEM, Config(tile=32, fault="none"), Measured("runtime"), run)
+    (row,) = go(store, t)
+    assert row.config == Config(tile=64, fault="none") and row.failed == 0
+
+
+def test_interrupting_keeps_what_was_measured_and_the_next_run_goes_on(store, monkeypatch, tmp_path):
+    log = tmp_path / "log"
+    monkeypatch.setenv("FAULTS_LOG", str(log))
+    t = faults.template(tiles=(8, 2048))
+
+    def interrupt(event):
+        if event.kind == "trial" and event.done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(store, t, on_event=interrupt)
+    before = latest(store, t)
+    assert len(before) == 4 and store.winners() == []
+    pids = {int(line.split()[-1]) for line in log.read_text().splitlines()}
+    assert pids and all(gone(pid) for pid in pids)
+    events = []
+    (row,) = go(store, t, on_event=events.append)
+    assert row.config == Config(tile=2048, fault="none") and row.tried == 9
+    assert sum(e.kind == "trial" for e in events) == 5 and "4 of 9" in events[0].message
+    after = store.measurements(faults.DEVICE, t, faults.PROBLEM)
+    searched = [r.config for r in after if r.result.protocol.get("phase") != "race"]
+    assert len(searched) == len(set(searched)) == 9
+
+
+def test_an_interrupt_while_a_candidate_hangs_ends_at_once(store, monkeypatch):
+    from sparsek_tune.tune.bench import Bench
+
+    real = Bench.measure
+
+    def impatient(self, spec, config, *rest):
+        if config["fault"] == "hang":
+            import _thread
+
+            time.sleep(0.2)
+            _thread.interrupt_main()
+        return real(self, spec, config, *rest)
+
+    monkeypatch.setattr(Bench, "measure", impatient)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        go(store, faults.template(tiles=(32, 32), faults=("none", "hang")))
+    assert time.monotonic() - start < TINY.timeout + 2
+
+
+def test_templates_follow_each_other_with_the_winners_before_them(store, monkeypatch):
+    from sparsek_tune.tune.bench import Bench
+
+    seen, real = {}, Bench.race
+
+    def spy(self, spec, *rest):
+        seen[spec.template] = dict(spec.companions)
+        return real(self, spec, *rest)
+
+    monkeypatch.setattr(Bench, "race", spy)
+    one, two = faults.template("one", fields=("n",)), faults.template("two", fields=("n", "d"))
+    other = faults.PROBLEM._replace(d=128)
+    rows = go(store, one, two, problems=[faults.PROBLEM, other])
+    assert [r.template for r in rows] == ["one", "two", "two"]  # one does not depend on d
+    best, default = Config(tile=128, fault="none"), Config(tile=32, fault="none")
+    assert seen["one"] == {"one": default, "two": default}
+    assert seen["two"] == {"one": best, "two": default}
+
+
+def test_a_spent_budget_ends_the_run_with_what_there_is(store):
+    t = faults.template(tiles=(8, 2048), faults=("none", "hang"))
+    problems = [faults.PROBLEM, faults.PROBLEM._replace(n=2048), faults.PROBLEM._replace(n=4096)]
+    events, start = [], time.monotonic()
+    rows = go(store, t, problems=problems, budget=4.0, on_event=events.append)
+    assert time.monotonic() - start < 4.0 + TINY.timeout + 3
+    assert 1 <= len(rows) <= 3 and rows[0].config is not None and rows[0].tried < 18
+    assert len(rows) == 3 or events[-1].kind == "note"
+
+
+def test_a_config_that_breaks_the_race_is_dropped(store, monkeypatch):
+    from sparsek_tune.tune.bench import Bench
+    from sparsek_tune.tune.channel import WorkerDied
+
+    real, broken = Bench.race, Config(tile=128, fault="none")
+
+    def race(self, spec, configs, *rest):
+        if broken in configs:
+            raise WorkerDied("gone")
+        return real(self, spec, configs, *rest)
+
+    monkeypatch.setattr(Bench, "race", race)
+    t = faults.template(tiles=(16, 128))
+    (row,) = go(store, t)
+    assert row.config == Config(tile=64, fault="none") and row.failed == 1
+    assert latest(store, t)[broken].status == "runtime"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"effort": "heroic"}, "effort must be one of quick, default, full.*'heroic'"),
+        ({"budget": 0.0}, r"budget must be above 0 seconds, but is 0\.0"),
+        ({"target": "cuda:1"}, "target must be one of"),
+    ],
+)
+def test_bad_arguments_name_themselves(store, options, words):
+    with pytest.raises(ValueError, match=words):
+        go(store, faults.template(), **options)
+
+
+def test_the_run_is_noted_as_it_ended(store, monkeypatch):
+    outcomes = []
+    monkeypatch.setattr(Store, "finish_run", lambda self, run, outcome="done": outcomes.append(outcome))
+    go(store, faults.template(tiles=(32, 32)))
+    with pytest.raises(KeyboardInterrupt):
+        go(store, faults.template(tiles=(64, 64), fields=("d",)), on_event=interrupt)
+    assert outcomes == ["done", "interrupted"]
+
+
+def interrupt(event):
+    raise KeyboardInterrupt
+
+
+def test_no_process_outlives_a_run(store, monkeypatch, tmp_path):
+    log = tmp_path / "log"
+    monkeypatch.setenv("FAULTS_LOG", str(log))
+    go(store, faults.template(tiles=(32, 64), faults=("none", "hang")))
+    pids = {int(line.split()[-1]) for line in log.read_text().splitlines()}
+    assert len(pids) >= 3 and os.getpid() not in pids and all(gone(pid) for pid in pids)

@@ -1,0 +1,155 @@
+"""The judge itself: it must catch what is wrong, and accept what only rounding moved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsek_tune import reference
+from sparsek_tune.problem import Problem
+from sparsek_tune.tune.stages import make_inputs
+from sparsek_tune.tune.verify import TOLERANCE, compare, expected, interior, poisoned, reduced, relative_error
+
+P = Problem("fp32", 16, 2, "kv", 12, 8, 61, 2)
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return make_inputs(P, "cpu")
+
+
+@pytest.fixture(scope="module")
+def want(inputs):
+    return expected(inputs)
+
+
+def judge(got, want, inputs, tolerance=TOLERANCE["fp32"]):
+    return compare(got, want, tolerance, inputs.scores)
+
+
+def rounded(want):
+    return {n: t.float() if t.dtype.is_floating_point else t.int() for n, t in want.items()}
+
+
+def test_the_reference_passes_its_own_judgement(inputs, want):
+    assert judge(rounded(want), want, inputs) is None
+    assert set(want) == {"out", "lse", "dq", "dk", "dv", "du", *reference.Selection._fields}
+
+
+def test_poisoned_buffers_show_what_was_not_written():
+    like = torch.zeros(2, 3)
+    with poisoned():
+        made = [
+            torch.empty(2, 3),
+            torch.empty_like(like),
+            torch.empty_strided((2, 3), (3, 1)),
+            like.new_empty((2, 3)),
+            torch.empty(4, dtype=torch.bfloat16),
+        ]
+        ints = [like.new_empty(3, dtype=t) for t in (torch.int32, torch.int64)]
+        assert float(torch.zeros(3).sum()) == 0.0
+    assert all(bool(t.isnan().all()) for t in made)
+    assert all(bool((t < -(2**29)).all()) for t in ints)
+    assert torch.empty is not None and not hasattr(torch.empty, "__wrapped__")
+
+
+def test_poison_ends_with_the_block_even_after_an_error():
+    before = torch.empty, torch.Tensor.new_empty
+    with pytest.raises(KeyError), poisoned():
+        raise KeyError
+    assert (torch.empty, torch.Tensor.new_empty) == before
+
+
+@pytest.mark.parametrize("name", ["out", "lse", "dq", "dk", "dv", "du", "tau"])
+def test_one_entry_that_is_not_written_is_caught(inputs, want, name):
+    got = rounded(want)
+    got[name] = got[name].clone()
+    got[name][..., -1] = float("nan")
+    assert judge(got, want, inputs).startswith(f"{name}: ")
+
+
+@pytest.mark.parametrize("name", ["out", "lse", "dq", "dk", "dv", "du", "tau"])
+def test_an_error_above_the_tolerance_is_caught_and_one_below_is_not(inputs, want, name):
+    for factor, right in ((1 + 3e-5, False), (1 + 3e-6, True)):
+        got = rounded(want)
+        got[name] = got[name].double() * factor
+        assert (judge(got, want, inputs) is None) == right
+
+
+@pytest.mark.parametrize("name", ["expiry", "sat_end", "sup_end", "interior"])
+def test_a_wrong_entry_of_the_selection_is_caught(inputs, want, name):
+    got = rounded(want)
+    row = got[name] = got[name].clone()
+    # Somewhere in the middle, where a query more or less is no rounding.
+    at = int((row[0, 0] < P.n).nonzero()[3]) if name != "interior" else P.n - 1
+    row[0, 0, at] += 5 if name != "interior" else 1
+    assert judge(got, want, inputs) is not None
+
+
+@pytest.mark.parametrize("name", ["sat_end", "sup_end"])
+def test_entries_out_of_range_are_caught(inputs, want, name):
+    for bad in (-(2**30), P.n + 1):
+        got = rounded(want)
+        got[name] = torch.full_like(got[name], bad)
+        assert judge(got, want, inputs) is not None
+
+
+def test_a_crossing_may_move_where_rounding_decides():
+    tau = torch.tensor([[[-torch.inf, -torch.inf, 0.0, 0.0, 0.5, 0.9]]], dtype=torch.float64)
+    scores = torch.tensor([[[1.0, 1.0 + 1e-6, 1.4, 3.0, 3.0, 3.0]]])
+    # Keys 0 and 1: u - tau is 1 at queries 2 and 3, so sat_end may be 2 to 4; key 2 is at 1.4 there, at 0.9 from 4 on.
+    base = torch.tensor([[[2, 2, 4, 6, 6, 6]]])
+    other = torch.tensor([[[4, 3, 4, 6, 6, 6]]])
+    want = {"sat_end": base, "tau": tau}
+    assert compare({"sat_end": other}, want, 1e-5, scores) is None
+    for bad in ([5, 2, 4, 6, 6, 6], [1, 2, 4, 6, 6, 6], [2, 2, 3, 6, 6, 6], [2, 2, 4, 5, 6, 6]):
+        assert compare({"sat_end": torch.tensor([[bad]])}, want, 1e-5, scores) is not None
+
+
+def test_interior_counts_the_intervals():
+    a = torch.tensor([[0, 2, 3, 5, 5]])
+    b = torch.tensor([[2, 5, 3, 5, 5]])
+    counted = [[sum(x <= i < y for x, y in zip(a[0].tolist(), b[0].tolist(), strict=True)) for i in range(5)]]
+    assert interior(a, b).tolist() == counted
+
+
+def test_shapes_must_agree(inputs, want):
+    got = {**rounded(want), "out": want["out"][..., :-1]}
+    assert judge(got, want, inputs).startswith("out: shape")
+
+
+def test_a_gradient_that_cancels_is_judged_by_an_absolute_floor():
+    zero = torch.zeros(1000, dtype=torch.float64)
+    assert relative_error(zero + 1e-9, zero) < 1e-5 < relative_error(zero + 1e-7, zero)
+
+
+@pytest.mark.parametrize("interpreter", [False, True])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem("bf16", 128, 4, "kv", 1024, 512, 65536, 8),
+        Problem("fp32", 80, 7, "none", 1, 0, 1024, 1),
+        Problem("fp16", 64, 1, "v", 4096, 512, 4096, 4),
+        Problem("bf16", 64, 1, "kv", 64, 8192, 4096, 4),
+        Problem("bf16", 64, 3, "kv", 64, 0, 64, 1024),
+    ],
+)
+def test_small_problems_take_the_same_paths(problem, interpreter):
+    small = reduced(problem, interpreter=interpreter)
+    assert (small.d, small.g, small.gate) == (problem.d, problem.g, problem.gate)
+    assert small.n % 2 == 1 and small.n <= (400 if interpreter else 1500) and small.rows <= 2
+    assert (small.w > 0) == (problem.w > 0)
+    assert (small.w >= small.n) == (problem.w >= problem.n)
+    assert (small.n - small.w <= small.k) == (problem.n - problem.w <= problem.k)
+    assert small.dtype == ("fp16" if interpreter and problem.dtype == "bf16" else problem.dtype)
+
+
+def test_inputs_are_views_of_the_layout_that_models_store():
+    i = make_inputs(P, "cpu", "ties")
+    assert i.query.shape == (1, 4, 61, 16) and i.key.shape == i.value.shape == (1, 2, 61, 16)
+    assert i.query.transpose(1, 2).is_contiguous() and i.scores.shape == (1, 2, 61)
+    assert len(i.scores.unique()) <= 5
+    assert make_inputs(P, "cpu", "equal").scores.unique().numel() == 1
+    assert bool((make_inputs(P, "cpu", "rising").scores.diff(dim=-1) > 0).all())
+    assert torch.equal(make_inputs(P, "cpu").query, make_inputs(P, "cpu").query)
+    assert abs(float(make_inputs(P._replace(n=4097), "cpu").scores.std()) - 3) < 0.1
