@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from sparsek_tune.db.errors import CorruptError, DatabaseError, MissingError, NewerSchemaError, explain
-
 from sparsek_tune.problem import Device, Problem
 
 APPLICATION_ID = int.from_bytes(b"SPTK", "big")

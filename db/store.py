@@ -25,6 +25,10 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy import Connection, create_engine, event, exc, func, select
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
+
 from sparsek_tune.db import reader, sqlite
 from sparsek_tune.db.errors import DatabaseError, explain
 from sparsek_tune.db.reader import Entry, default_path
@@ -40,10 +44,6 @@ from sparsek_tune.db.schema import (
     TemplateRow,
     WinnerRow,
 )
-from sqlalchemy import Connection, create_engine, event, exc, func, select
-from sqlalchemy.orm import Session
-from sqlalchemy.pool import NullPool
-
 from sparsek_tune.problem import Device, Problem
 
 if TYPE_CHECKING:  # the package of the templates imports triton

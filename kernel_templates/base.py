@@ -58,7 +58,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Param:
-    """One tunable. ``when`` says, from the parameters before it, whether it matters; where not, it takes its first value."""
+    """One tunable. ``when`` says, from the parameters before it, whether it matters; if not, it is its first."""
 
     name: str
     domain: Pow2 | Choice

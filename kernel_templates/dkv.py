@@ -12,9 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .base import Choice, Config, Cost, Param, Pow2, Template, next_pow2
+from .base import DTYPE_BYTES, Choice, Config, Cost, Param, Pow2, Template, next_pow2
 from .forward import pairs
-from .tiles import GATE_KV, GATE_NONE, LOG2E, gate, load_rows, store_rows, tile_error
+from .tiles import GATE_KV, GATE_NONE, LOG2E, default_tile, gate, load_rows, mma_cost, store_rows, tile_error
 from .tiles import __file__ as tiles_file
 
 
@@ -24,7 +24,7 @@ def _key_tile(
     N, scale, G: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, GATE: tl.constexpr,
     WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """dk / scale, dv and the direct part of du of BN keys over queries [begin, end); key n counts where born <= i < until."""
+    """dk / scale, dv and the direct part of du of BN keys over queries [begin, end), where born <= i < until."""
     BQ: tl.constexpr = BM // HEADS
     m = tl.arange(0, BM)
     h = m % HEADS
@@ -97,8 +97,8 @@ def dkv_kernel(
         begin += tl.maximum(tl.min(born, 0) - begin, 0) // BQ * BQ
         dk, dv, du = _key_tile(
             k, v, j, u, born, until, sat_end, begin, end, q_ptr + batch * sq_b + head * G * sq_h,
-            do_ptr + batch * sdo_b + head * G * sdo_h, lse_ptr + row * G * N, delta_ptr + row * G * N, tau_ptr + row * N,
-            sq_n, sq_h, sdo_n, sdo_h, N, scale, G, HEADS, D, BD, GATE, WIDE, BM, BN,
+            do_ptr + batch * sdo_b + head * G * sdo_h, lse_ptr + row * G * N, delta_ptr + row * G * N,
+            tau_ptr + row * N, sq_n, sq_h, sdo_n, sdo_h, N, scale, G, HEADS, D, BD, GATE, WIDE, BM, BN,
         )  # fmt: skip
         at = slot * CAP + entry
         store_rows(dk_ptr, at, D, every, dk * scale, D, BD, True)
@@ -218,22 +218,21 @@ def reduce_kernel(
 
 
 def _default(problem, device):
-    wide = problem.d > 128 or problem.dtype == "fp32"
-    bm = max(32, next_pow2(problem.g))
-    return Config(BM=bm, BN=32 if wide else 64, num_warps=4, num_stages=2, BLOCK=4, reduce_warps=1)
+    return Config(default_tile(problem, 32, 64), BLOCK=4, reduce_warps=1)
 
 
 def _check(config, problem, device):
-    if config["BM"] * config["BN"] > 64 * 128 or (problem.dtype == "fp32" and config["BM"] * config["BN"] > 64 * 64):
+    if config["BM"] * config["BN"] > 64 * 128:
         return "tile too large: two accumulators and two products do not fit the register file"
     return tile_error(config, problem, device, 2, 2)
 
 
 def _cost(config, problem):
     rows = pairs(problem) * problem.rows * next_pow2(problem.g)
-    token = problem.rows * problem.n * problem.d * (2 * problem.g + 4) * (4 if problem.dtype == "fp32" else 2)
+    slow, gathered = mma_cost(problem, 2 * rows, config["BN"], config["BN"])
+    token = problem.rows * problem.n * problem.d * (2 * problem.g + 4) * DTYPE_BYTES[problem.dtype]
     partials = problem.rows * problem.n * problem.d * 8.0 * (1 + min(problem.k, problem.n) / 1024)
-    return Cost(flops=8.0 * problem.d * rows, bytes=token + 2 * partials, launches=3)
+    return Cost(flops=8.0 * problem.d * rows * slow, bytes=token + gathered + 2 * partials, launches=3)
 
 
 TEMPLATE = Template(

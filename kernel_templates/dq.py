@@ -11,16 +11,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .base import Choice, Config, Cost, Param, Pow2, Template, next_pow2
+from .base import DTYPE_BYTES, Choice, Config, Cost, Param, Pow2, Template, next_pow2
 from .forward import pairs
 from .tiles import (
     GATE_KV,
     GATE_NONE,
     LOG2E,
+    default_tile,
     gate,
     list_range,
     load_rows,
     masked_run,
+    mma_cost,
     store_rows,
     tile_error,
 )
@@ -138,22 +140,19 @@ def dq_kernel(
 
 
 def _default(problem, device):
-    wide = problem.d > 128 or problem.dtype == "fp32"
-    heads = next_pow2(problem.g)
-    return Config(BM=max(32 if wide else 64, heads), BN=32, num_warps=4, num_stages=2)
+    return Config(default_tile(problem, 64, 32))
 
 
 def _check(config, problem, device):
-    if config["BM"] * config["BN"] > 128 * 64 and problem.dtype == "fp32":
-        return "fp32 tile too large for the register file"
     return tile_error(config, problem, device, 2, 2)
 
 
 def _cost(config, problem):
     rows = pairs(problem) * problem.rows * next_pow2(problem.g)
     waste = 1 + config["BM"] / next_pow2(problem.g) / max(problem.k, 1)
-    token = problem.rows * problem.n * problem.d * (4 * problem.g + 2) * (4 if problem.dtype == "fp32" else 2)
-    return Cost(flops=6.0 * problem.d * rows * waste, bytes=float(token))
+    slow, gathered = mma_cost(problem, 2 * rows * waste, config["BM"], config["BM"])
+    token = problem.rows * problem.n * problem.d * (4 * problem.g + 2) * DTYPE_BYTES[problem.dtype]
+    return Cost(flops=6.0 * problem.d * rows * waste * slow, bytes=token + gathered)
 
 
 TEMPLATE = Template(

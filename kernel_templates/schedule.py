@@ -5,9 +5,10 @@ A segment's list holds, one after the other:
   2. those that outlive it and are not saturated (gate 1) for all of it, by position;
   3. those that outlive it and are saturated for all of it, by position (no mask, no gate);
   4. the keys born inside it, by position.
-A tile of queries reads one contiguous range: from the first key of part 1 that is still alive to the last of part 4 born.
-Part 1 comes straight from the keys by the query that drops them (at most one each); parts 2 and 3 from the keys alive at the
-segment's start, found level by level: a node's alive keys are its parent's that live on, and those born since.
+A tile of queries reads one contiguous range: from the first key of part 1 that is still alive to the last of part 4
+born. Part 1 comes straight from the keys by the query that drops them (at most one each); parts 2 and 3 from the keys
+alive at the segment's start, found level by level: a node's alive keys are its parent's that live on, and those born
+since.
 Design fact 2 bounds each list: at most ``min(k, M) + SEGMENT`` keys.
 """
 
@@ -29,7 +30,7 @@ def _append(list_ptr, count, j, keep):
 
 @triton.jit(do_not_specialize=["N", "window"])
 def evicted_kernel(expiry_ptr, evicted_ptr, N, window, BLOCK: tl.constexpr):
-    """By query, the key that was selected before and is dropped there: at most one, so nothing collides. Expects -1s."""
+    """By query, the key that was selected before and is dropped there: at most one each. Expects -1s."""
     row = tl.program_id(1).to(tl.int64)
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     expiry = tl.load(expiry_ptr + row * N + j, mask=j < N, other=0)
@@ -41,7 +42,7 @@ def alive_kernel(
     expiry_ptr, parent_ptr, parent_count_ptr, list_ptr, count_ptr, N, M, window, parents, CAP, SIZE: tl.constexpr,
     PARENT_SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Keys selected both before and at query node * SIZE, by position. PARENT_SIZE 0: no parent, start from the first key."""
+    """Keys selected both before and at query node * SIZE, by position. PARENT_SIZE 0: no parent."""
     node = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     nodes = tl.num_programs(0)
@@ -153,7 +154,8 @@ def _cost(config, problem):
     rows_per_key = (min(problem.k, problem.n) + config["SEGMENT"]) / config["SEGMENT"]
     keys = problem.rows * problem.n
     visits = keys * (2 * rows_per_key + FANOUT)
-    return Cost(flops=8.0 * visits, bytes=keys * (20.0 + 12.0 * rows_per_key), launches=3 + len(levels(config["SEGMENT"], problem.n)))
+    launches = 3 + len(levels(config["SEGMENT"], problem.n))
+    return Cost(flops=8.0 * visits, bytes=keys * (20.0 + 12.0 * rows_per_key), launches=launches)
 
 
 TEMPLATE = Template(

@@ -48,7 +48,9 @@ def _count_above(us_ptr, M, x, one, LOG: tl.constexpr):
 
 
 @triton.jit
-def events_kernel(us_ptr, order_ptr, ev_q_ptr, ev_t_ptr, rank_t_ptr, key_q_ptr, key_ptr, M, LOG: tl.constexpr, BLOCK: tl.constexpr):
+def events_kernel(
+    us_ptr, order_ptr, ev_q_ptr, ev_t_ptr, rank_t_ptr, key_q_ptr, key_ptr, M, LOG: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """Merge the sorted scores with themselves minus one.
 
     Writes the event list (value; 2 * key + is_minus), and by key: value, rank, first event of the value's group and of
@@ -142,7 +144,10 @@ def _store_state(ptr, r, count, total, equal):
 
 
 @triton.jit
-def _tabulate(ev_q_ptr, ev_t_ptr, table_ptr, last, blocks, SPAN: tl.constexpr, COARSE: tl.constexpr, WINDOW: tl.constexpr, TAU: tl.constexpr):  # fmt: skip
+def _tabulate(
+    ev_q_ptr, ev_t_ptr, table_ptr, last, blocks, SPAN: tl.constexpr, COARSE: tl.constexpr, WINDOW: tl.constexpr,
+    TAU: tl.constexpr,
+):  # fmt: skip
     block = tl.program_id(0)
     stop = tl.minimum((block + 1) * SPAN, last)
     for i in range(block * SPAN, stop, WINDOW):
@@ -162,8 +167,8 @@ def table_kernel(
     ev_q_ptr, ev_t_ptr, rank_t_ptr, table_ptr, M, blocks, chunks, SPAN: tl.constexpr, COARSE: tl.constexpr,
     WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Sums of signs and of signed values by (COARSE keys, SPAN events), for tau (axis 1: 0) and kappa (1), into the zeros
-    of table [rows, 2, chunks, blocks, 2]."""
+    """Sums of signs and of signed values by (COARSE keys, SPAN events), for tau (axis 1: 0) and kappa (1), into the
+    zeros of table [rows, 2, chunks, blocks, 2]."""
     row = tl.program_id(2).to(tl.int64)
     table_ptr += (row * 2 + tl.program_id(1)) * chunks * blocks * 2
     if tl.program_id(1) == 0:
@@ -238,8 +243,8 @@ def start_kernel(
         )  # fmt: skip
     else:
         _start(
-            table_ptr, state_ptr, us_ptr, ev_q_ptr, rank_t_ptr + row * M, blocks, M, K, LOG, BLOCKS, SPAN, COARSE, WINDOW,
-            False,
+            table_ptr, state_ptr, us_ptr, ev_q_ptr, rank_t_ptr + row * M, blocks, M, K, LOG, BLOCKS, SPAN, COARSE,
+            WINDOW, False,
         )  # fmt: skip
 
 
@@ -292,7 +297,7 @@ def walk_kernel(
     WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One level of the walk: from each state in (every CHUNK keys) to states out (every STEP keys), or, at STEP 1, to
-    the results. Program axis 1: tau (0) or kappa (1). ``shift`` is the window: results of prefix t belong to query t + shift.
+    the results. Program axis 1: tau (0) or kappa (1). ``shift`` is the window: prefix t is query t + shift's.
     """
     chunk = tl.program_id(0)
     row = tl.program_id(2).to(tl.int64)
@@ -353,7 +358,7 @@ def intervals_kernel(
 
 
 def cuts(m: int, coarse: int) -> tuple[int, int, int]:
-    """Keys per chunk, events per block and number of blocks of the table: at most 256 x 512 cells, so memory stays linear."""
+    """Keys per chunk, events per block and number of blocks of the table: at most 256 x 512 cells."""
     chunk = max(coarse, next_pow2(-(-m // 256)))
     span = max(1024, next_pow2(-(-2 * m // 512)))
     return chunk, span, -(-2 * m // span)

@@ -1,7 +1,7 @@
 """What the attention kernels share: the tile of query rows, the walk over a segment's list, masks and gates.
 
 A tile holds BQ consecutive queries times the HEADS query heads of one KV head (rounded up to a power of two: rows of a
-missing head are masked), so that all of them share the gathered keys. Row m is query ``m // HEADS``, head ``m % HEADS``.
+missing head are masked), so that all share the gathered keys. Row m is query ``m // HEADS``, head ``m % HEADS``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def load_rows(ptr, index, stride, ok, D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr):
-    """Rows ``index`` of a matrix with contiguous rows of D elements, as [len(index), BD]; zero where not ok or past D."""
+    """Rows ``index`` of a matrix with contiguous rows of D elements, as [rows, BD]; zero where not ok or past D."""
     d = tl.arange(0, BD)
     if WIDE:
         index = index.to(tl.int64)
@@ -68,9 +68,26 @@ def masked_run(step, lo, free, free_end, hi, BN: tl.constexpr):
 
 
 def tile_smem(problem, rows: int, keys: int, matrices_rows: int, matrices_keys: int, stages: int) -> int:
-    """Shared memory (bytes) of row tiles held for the whole loop and key tiles held ``stages`` deep: a lower estimate."""
+    """Shared memory (bytes) of row tiles held for the whole loop and key tiles held ``stages`` deep, at least."""
     width = next_pow2(max(problem.d, 16)) * DTYPE_BYTES[problem.dtype]
     return width * (rows * matrices_rows + keys * matrices_keys * stages)
+
+
+def default_tile(problem, rows: int, keys: int) -> dict[str, int]:
+    """A tile that does not spill: (rows, keys) up to D = 128, smaller where D is larger or dots are unrolled (fp32)."""
+    if problem.dtype == "fp32":
+        rows = keys = 32 if problem.d <= 64 else 16
+    elif problem.d > 128:
+        rows = keys = 32
+    return {"BM": max(rows, next_pow2(problem.g)), "BN": keys, "num_warps": 4, "num_stages": 2}
+
+
+def mma_cost(problem, rows: float, tile_rows: int, other: int) -> tuple[float, float]:
+    """What tiles cost over ideal ones: the factor on FLOPs where the instruction of fewer than 64 rows runs at about
+    half of the rate of Hopper's wgmma, and the bytes that come from L2, as device-memory bytes (about half the rate's
+    cost), when ``rows`` rows of D elements are read once per tile of ``other`` rows."""
+    width = problem.d * DTYPE_BYTES[problem.dtype]
+    return (1.0 if tile_rows >= 64 else 2.0), rows / other * width * 0.5
 
 
 def tile_error(config, problem, device, matrices_rows: int, matrices_keys: int) -> str | None:
@@ -82,7 +99,10 @@ def tile_error(config, problem, device, matrices_rows: int, matrices_keys: int) 
         return f"BM {config['BM']} does not hold one query's {heads} heads"
     if config["BM"] // heads > 256:
         return "a tile of more than 256 queries may cross a segment"
-    smem = tile_smem(problem, config["BM"], config["BN"], matrices_rows, matrices_keys, max(1, config["num_stages"] - 1))
+    if problem.dtype == "fp32" and config["BM"] * config["BN"] * next_pow2(max(problem.d, 16)) > 1 << 17:
+        return "an IEEE fp32 dot is unrolled: too much code for this tile"
+    depth = max(1, config["num_stages"] - 1)
+    smem = tile_smem(problem, config["BM"], config["BN"], matrices_rows, matrices_keys, depth)
     if smem > device.smem:
         return f"shared memory: needs at least {smem} bytes, {device.smem} available"
     return None

@@ -105,7 +105,7 @@ def main() -> None:
 
 @main.command()
 @_shape_options
-@click.option("--effort", type=click.Choice(list(EFFORTS)), default="default", show_default=True, help="How long to look.")
+@click.option("--effort", type=click.Choice(list(EFFORTS)), default="default", show_default=True, help="Search length.")
 @click.option("--budget", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Wall time of the run.")
 @target_option
 @device_option

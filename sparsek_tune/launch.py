@@ -63,11 +63,11 @@ def threshold(scores: Tensor, k: int, window: int, config: Config) -> Selection:
     """Selection of scores [B, Hkv, N] (float32, contiguous)."""
     b, h, n = scores.shape
     rows, m = b * h, n - window
-    ints = [scores.new_full((b, h, n), n, dtype=torch.int32) for _ in range(3)]
+    expiry, sat_end, sup_end = (scores.new_full((b, h, n), n, dtype=torch.int32) for _ in range(3))
     tau = scores.new_full((b, h, n), float("-inf"))
     interior = scores.new_zeros((b, h, n), dtype=torch.int32)
     if m <= k:
-        return Selection(tau, *ints, interior)
+        return Selection(tau, expiry, sat_end, sup_end, interior)
     # Adding zero makes -0.0 and 0.0 one value for the sort too.
     us, order = torch.sort(scores.reshape(rows, n)[:, :m] + 0.0, dim=1, descending=True, stable=True)
     events = scores.new_empty((rows, 2 * m), dtype=torch.int64)
@@ -99,15 +99,16 @@ def threshold(scores: Tensor, k: int, window: int, config: Config) -> Selection:
         out = scores.new_empty((rows, 2, steps, 4), dtype=torch.int64) if step > 1 else state
         _run(
             threshold_t.walk_kernel, (chunks, 2, rows),
-            state, out, us, events, codes, rank_codes, keys, values, pointers, tau, interior, chunks, steps, m, n, window,
-            k, LOG=log, CHUNK=chunk, STEP=step, WINDOW=config[f"{walk}_window"], num_warps=config[f"{walk}_warps"],
+            state, out, us, events, codes, rank_codes, keys, values, pointers, tau, interior, chunks, steps, m, n,
+            window, k, LOG=log, CHUNK=chunk, STEP=step, WINDOW=config[f"{walk}_window"],
+            num_warps=config[f"{walk}_warps"],
         )  # fmt: skip
         state, chunks = out, steps
     _run(
         threshold_t.intervals_kernel, (triton.cdiv(n, 256), rows),
-        pointers, keys, *ints, m, n, window, LOG=log, BLOCK=256, num_warps=4,
+        pointers, keys, expiry, sat_end, sup_end, m, n, window, LOG=log, BLOCK=256, num_warps=4,
     )  # fmt: skip
-    return Selection(tau, *ints, interior)
+    return Selection(tau, expiry, sat_end, sup_end, interior)
 
 
 def schedule(selection: Selection, k: int, window: int, config: Config) -> Schedule | None:
@@ -188,8 +189,8 @@ def _dense_rows(t: Tensor) -> Tensor:
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, scores: Tensor, selection: Selection, sched: Schedule | None, window: int,
-    scale: float, gate: str, config: Config,
+    query: Tensor, key: Tensor, value: Tensor, scores: Tensor, selection: Selection, sched: Schedule | None,
+    window: int, scale: float, gate: str, config: Config,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output [B, Hq, N, D] in the query's dtype and lse [B, Hq, N] (natural logarithm, float32)."""
     query, key, value = map(_dense_rows, (query, key, value))

@@ -1,4 +1,4 @@
-"""What is tuned for (:class:`Problem`) and on what (:class:`Device`). Standard library only, except to look at a GPU."""
+"""What is tuned for (:class:`Problem`) and on what (:class:`Device`). Standard library only, but to look at a GPU."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Problem(NamedTuple):
 
     def project(self, fields: frozenset[str]) -> Problem:
         """This problem with every field outside ``fields`` blanked, so that it never splits a key."""
-        blank: dict[str, Any] = {"dtype": "", "d": 0, "g": 0, "gate": "", "k": 0, "w": 0, "n": 0, "rows": 0}
-        return Problem(*(v if f in fields else blank[f] for f, v in zip(self._fields, self, strict=True)))
+        unused = {f: "" if isinstance(v, str) else 0 for f, v in self._asdict().items() if f not in fields}
+        return self._replace(**unused)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         return " ".join(f"{f}={v}" for f, v in zip(self._fields, self, strict=True) if v not in ("", 0) or f == "w")
@@ -83,7 +83,7 @@ _TARGETS = {
 
 
 def target_device(target: str) -> Device:
-    """The device that ``target`` ("cuda:90") names, without looking at any GPU. Raises ValueError for an unknown one."""
+    """The device that ``target`` ("cuda:90") names, without looking at any GPU. Raises ValueError if unknown."""
     kind, _, arch = target.partition(":")
     if kind != "cuda" or not arch.isdigit() or int(arch) not in _TARGETS:
         known = ", ".join(f"cuda:{cc}" for cc in _TARGETS)

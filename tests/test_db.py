@@ -18,11 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sqlalchemy import create_engine, inspect
+
 from sparsek_tune.db import errors, reader, schema, sqlite
 from sparsek_tune.db.store import Measured, Store
 from sparsek_tune.kernel_templates.base import Choice, Config, Cost, Param, Pow2, Template
-from sqlalchemy import create_engine, inspect
-
 from sparsek_tune.problem import Device, Problem
 
 NOBODY = 65534

@@ -10,12 +10,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+
+from sparsek_tune import dispatch
 from sparsek_tune.db import reader
 from sparsek_tune.db.reader import Entry
 from sparsek_tune.db.store import Measured, Store
 from sparsek_tune.kernel_templates.base import Config, Cost, Param, Pow2, Template
-
-from sparsek_tune import dispatch
 from sparsek_tune.problem import Device, Problem, target_device
 
 GPU = Device("cuda", 90, "GPU A", 132, 232448, 50 << 20, 80 << 30, "550.1", "12.8", "3.6.0", "2.13.0")

@@ -190,6 +190,12 @@ def test_fake_dtypes_are_the_real_ones(dtype):
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
 
+def test_score_gradient_has_the_scores_dtype():
+    *before, (k, window, scale, gate) = *backward_args()[:-4], OPTIONS
+    before[4] = before[4].bfloat16()
+    torch.library.opcheck(ops.ATTENTION_BACKWARD, (*before, k, window, scale, gate), test_utils="test_faketensor")
+
+
 def test_ops_are_tagged():
     for op in (ops.SELECT, ops.ATTENTION, ops.ATTENTION_BACKWARD):
         assert {torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides} <= set(op.tags)

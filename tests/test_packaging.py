@@ -33,7 +33,8 @@ SKIP = {".git", ".venv", "build", "dist", "__pycache__", ".pytest_cache", ".ruff
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
     site = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index"]
+    command = [*pip, "--target", str(site), str(wheel)]
     subprocess.run(command, check=True, capture_output=True)
     return site
 

@@ -72,6 +72,13 @@ def test_select_does_not_depend_on_the_blocks(monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(got[1:], want[1:], strict=True))
 
 
+def test_rounding_never_lowers_the_threshold(monkeypatch):
+    monkeypatch.setattr(reference, "BLOCK", 20_000)  # blocks sum over other breakpoints, so they round otherwise
+    for seed in range(20):
+        tau = select(oracles.make_scores("normal", (1, 1, 400), seed), 100, 0).tau
+        assert (tau[..., 1:] >= tau[..., :-1]).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_select_solves_in_float64_whatever_the_dtype(dtype: torch.dtype):
     scores = (3 * oracles.make_scores("normal", (2, 3, 300))).to(dtype)
@@ -104,6 +111,13 @@ def test_scores_without_bound_are_saturated_or_lose(huge: float):
     assert not m.isnan().any() and (m[second][:, [3, 10, 17]] == 1).all() and (m[second].sum(-1) == 3).all()
     assert (got.tau[0, 0, second] == huge - 1).all()
     assert (got.sat_end <= got.sup_end).all() and (got.expiry <= got.sup_end).all() and (got.interior >= 0).all()
+
+
+@pytest.mark.parametrize("value", [2.0**40, -(2.0**40), 1e300, math.inf, -math.inf])
+def test_equal_scores_without_bound_select_whole_keys(value: float):
+    got = select(torch.full((1, 1, 9), value, dtype=torch.float64), 3, 0)
+    assert (got.tau[..., 3:] == value - 1).all() and not got.interior.any()
+    assert got.expiry[0, 0].tolist() == [9, 9, 9, 3, 4, 5, 6, 7, 8]
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -266,9 +266,8 @@ def test_backward_intermediates(poison):
 @pytest.mark.parametrize("template", ["threshold", "schedule", "forward", "dq", "dkv"])
 def test_other_configs(case, template, poison):
     """Not the default alone: a sample of every template's space gives the same answers."""
-    from sparsek_tune.kernel_templates import TEMPLATES
-
     from sparsek_tune import dispatch
+    from sparsek_tune.kernel_templates import TEMPLATES
     from sparsek_tune.problem import current_device
 
     problem = ops.problem_of(*case.tensors()[:2], case.k, case.w, case.gate)
