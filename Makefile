@@ -1,38 +1,60 @@
-# `make tune`: environment, installation and the main job. `make test`: environment, installation and all tests.
+# make tune: makes the environment, installs, runs the main job: `sparsek-tune run`, with ARGS="--model ... --shape ..."
+# make test: makes the environment, installs, runs the linters and every test that needs no GPU
+# make test-gpu: the tests that need one
+
 PYTHON ?= python3
 VENV ?= .venv
-BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: tune test lint check clean
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PYTEST := $(BIN)/python -m pytest -q
+
+.DEFAULT_GOAL := help
+.PHONY: help tune test test-gpu lint types unit interpret compile90 clean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
 
 tune: $(VENV)/.installed
 	$(BIN)/sparsek-tune run $(ARGS)
 
-test: $(VENV)/.installed-dev lint check
+test: lint types unit interpret compile90
 
-lint:
+lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
 
-# Three processes: Triton decides at import whether it interprets, and a process that cross-compiles cannot launch.
-check:
-	$(BIN)/python -m pytest -q -m "not gpu and not interpret and not compile90"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpret
-	$(BIN)/python -m pytest -q -m compile90
+# The interpreter is named so that the types are those of the packages installed there, whichever python is first on PATH.
+types: $(VENV)/.installed-dev
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
-$(VENV)/.python:
+# Three processes: Triton decides when it is imported whether it interprets, and one that cross-compiles cannot launch.
+unit: $(VENV)/.installed-dev
+	$(PYTEST) -m "not gpu and not interpret and not compile90"
+
+interpret: $(VENV)/.installed-dev
+	TRITON_INTERPRET=1 $(PYTEST) -m interpret
+
+compile90: $(VENV)/.installed-dev
+	$(PYTEST) -m compile90
+
+test-gpu: $(VENV)/.installed-dev
+	$(PYTEST) -m gpu
+
+# torch goes first and alone, so that a build that lies on disk is taken; setuptools then builds the package itself.
+$(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check torch==2.13.0
+	$(PIP) torch
+	$(PIP) setuptools wheel
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(PIP) --no-build-isolation --editable .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+$(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
+	$(PIP) --no-build-isolation --editable ".[dev]"
 	touch $@ $(VENV)/.installed
 
 clean:

@@ -67,7 +67,7 @@ def _key_tile(
     return dk, dv, du
 
 
-@triton.jit(do_not_specialize=["N", "window", "segments"])
+@triton.jit(do_not_specialize=["N", "window", "segments", "KV_HEADS"])
 def dkv_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, u_ptr, lse_ptr, delta_ptr, tau_ptr, expiry_ptr, sat_end_ptr, list_ptr, bounds_ptr,
     dk_ptr, dv_ptr, du_ptr, sdo_b, sdo_h, sdo_n, sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n,
@@ -107,7 +107,7 @@ def dkv_kernel(
             tl.store(du_ptr + at, du, mask=every)
 
 
-@triton.jit(do_not_specialize=["N", "window"])
+@triton.jit(do_not_specialize=["N", "window", "KV_HEADS"])
 def band_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     sdo_b, sdo_h, sdo_n, sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n,
@@ -157,7 +157,7 @@ def _find(list_ptr, lo, hi, j, todo, STEPS: tl.constexpr):
     return lo
 
 
-@triton.jit(do_not_specialize=["N", "M", "window", "segments"])
+@triton.jit(do_not_specialize=["N", "M", "window", "segments", "KV_HEADS"])
 def reduce_kernel(
     dk_part_ptr, dv_part_ptr, du_part_ptr, dk_band_ptr, dv_band_ptr, prefix_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr,
     list_ptr, bounds_ptr, start_ptr, stop_ptr, dk_ptr, dv_ptr, du_ptr, sdk_b, sdk_h, sdk_n, sdv_b, sdv_h, sdv_n,

@@ -29,7 +29,7 @@ from .tiles import (
 from .tiles import __file__ as tiles_file
 
 
-@triton.jit(do_not_specialize=["N", "window", "segments"])
+@triton.jit(do_not_specialize=["N", "window", "segments", "KV_HEADS"])
 def dq_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, u_ptr, o_ptr, lse_ptr, tau_ptr, expiry_ptr, sat_end_ptr, interior_ptr, list_ptr,
     bounds_ptr, start_ptr, stop_ptr, dq_ptr, delta_ptr, gbar_ptr,

@@ -40,7 +40,7 @@ def _accumulate(acc, peak, norm, s, m, v, GATED: tl.constexpr):
     return acc, new_peak, norm
 
 
-@triton.jit(do_not_specialize=["N", "window", "segments"])
+@triton.jit(do_not_specialize=["N", "window", "segments", "KV_HEADS"])
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, u_ptr, tau_ptr, expiry_ptr, list_ptr, bounds_ptr, start_ptr, stop_ptr, o_ptr, lse_ptr,
     sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n, so_b, so_h, so_n,

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,20 +21,25 @@ from sparsek_tune.presets import shapes as all_shapes
 from sparsek_tune.problem import Device, current_device, target_device
 from sparsek_tune.tune.types import EFFORTS
 
+if TYPE_CHECKING:
+    from sparsek_tune.db.store import Summary
+    from sparsek_tune.tune import Row
+
 NO_GPU, DATABASE, NOTHING, INTERRUPTED = 3, 4, 5, 130
 FIELDS = ",".join(Shape.__dataclass_fields__)
 
 
 class Fault(click.ClickException):
-    """An error with its exit code."""
+    """An error with its exit code. results: what a JSON document still has to say."""
 
-    def __init__(self, message: str, code: int) -> None:
+    def __init__(self, message: str, code: int, **results: Any) -> None:
         super().__init__(message)
-        self.exit_code = code
+        self.exit_code = code  # type: ignore[misc]
+        self.results = results
 
 
 def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn database errors and Ctrl-C into messages and exit codes."""
+    """Turn database errors and Ctrl-C into messages and exit codes; with --json, every error into a document too."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -42,7 +48,15 @@ def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return command(*args, **kwargs)
         except DatabaseError as error:
-            raise Fault(str(error), DATABASE) from error
+            fault: click.ClickException = Fault(str(error), DATABASE)
+        except KeyboardInterrupt:
+            fault = Fault("interrupted", INTERRUPTED)
+        except click.ClickException as error:
+            fault = error
+        if kwargs.get("as_json"):
+            results = fault.results if isinstance(fault, Fault) else {}
+            _print_json(**results, error=fault.format_message(), exit_code=fault.exit_code)
+        raise fault
 
     return run
 
@@ -80,13 +94,26 @@ def _target(target: str) -> Device:
 
 
 def _gpu(index: int | None) -> Device | None:
-    """The GPU, None where there is none and none was asked for. An index that does not exist is an error."""
+    """The GPU, None where there is none and none was asked for. An index that does not exist is an error.
+
+    GPU ``index`` becomes the only one that this process and its workers see: they all speak of GPU 0.
+    """
+    if index is not None:
+        _hide_others(index)
     try:
-        return current_device(index or 0)
-    except (RuntimeError, AssertionError) as error:
+        return current_device()
+    except RuntimeError as error:
         if index is None:
             return None
-        raise Fault(f"--device {index}: {error}", NO_GPU) from error
+        raise Fault(f"--device must be the index of a GPU, but is {index}: {error}", NO_GPU) from error
+
+
+def _hide_others(index: int) -> None:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = None if visible is None else [name.strip() for name in visible.split(",") if name.strip()]
+    if names is not None and index >= len(names):
+        raise Fault(f"--device must be below {len(names)} (CUDA_VISIBLE_DEVICES={visible}), but is {index}", NO_GPU)
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(index) if names is None else names[index]
 
 
 def _print_json(**document: Any) -> None:
@@ -100,6 +127,9 @@ def main() -> None:
 
     Tuned configs are kept in one SQLite file: $SPARSEK_TUNE_CACHE, else $XDG_CACHE_HOME/sparsek-tune/cache.db, else
     ~/.cache/sparsek-tune/cache.db. Programs that import sparsek_tune.ops are served from it.
+
+    Exit codes: 0 ok, 1 something is broken (doctor), 2 usage, 3 no GPU where one is required, 4 database, 5 nothing
+    usable found, 130 interrupted.
     """
 
 
@@ -142,15 +172,22 @@ def run(
                 rows = tune(problems, device, store, effort=effort, budget=budget, on_event=show, target=target)
         except KeyboardInterrupt:
             raise Fault("interrupted: what was measured is kept, the next run goes on from it", INTERRUPTED) from None
-        _report(rows, str(store.path), as_json)
-    if not rows or all(row.config is None for row in rows):
-        raise Fault("no kernel has a working config", NOTHING)
-
-
-def _report(rows: list[Any], path: str, as_json: bool) -> None:
+    found = device or _target(str(target))
+    report = {
+        "database": str(store.path), "device": found.as_dict(), "static": found.static,
+        "rows": [{**r._asdict(), "problem": r.problem._asdict()} for r in rows],
+    }  # fmt: skip
+    if not as_json:
+        _table(rows)
+    if not rows:
+        raise Fault("no kernel was tuned: the budget is too short", NOTHING, **report)
+    if all(row.config is None for row in rows):
+        raise Fault("no kernel has a working config", NOTHING, **report)
     if as_json:
-        _print_json(database=path, rows=[{**r._asdict(), "problem": r.problem._asdict()} for r in rows])
-        return
+        _print_json(**report)
+
+
+def _table(rows: Sequence[Row]) -> None:
     from sparsek_tune.display import table
 
     header = ("kernel", "problem", "default ms", "tuned ms", "speed-up", "tried", "infeasible", "wrong", "failed")
@@ -185,11 +222,11 @@ def show(as_json: bool) -> None:
     ])  # fmt: skip
 
 
-def _counts(counts: Any) -> str:
+def _counts(counts: Mapping[str, int]) -> str:
     return " ".join(f"{status}:{n}" for status, n in counts.items())
 
 
-def _summary(s: Any) -> dict[str, Any]:
+def _summary(s: Summary) -> dict[str, Any]:
     w = s.winner
     winner = w and {
         "config": json.loads(w.config), "default_ms": w.default_ms, "tuned_ms": w.tuned_ms, "static": w.static,
@@ -239,7 +276,7 @@ def resolve(
 def doctor(as_json: bool) -> None:
     """Look at GPU, driver, versions and database; say what is missing and how to mend it.
 
-    Exits with 1 if something is broken; a missing GPU is not.
+    Exits with 1 if something is broken. That there is no GPU, or no database yet, is not.
     """
     from sparsek_tune.display import table
     from sparsek_tune.doctor import examine

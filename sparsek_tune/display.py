@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from sparsek_tune.tune import Event
 
@@ -20,8 +20,10 @@ def progress() -> Iterator[Callable[[Event], None]]:
     if not console.is_terminal:
         yield lambda event: _line(console, event)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[note]}", style="dim"), console=console) as bars:
+    columns = (TextColumn("{task.description:9}"), BarColumn(16), MofNCompleteColumn(), TimeElapsedColumn())
+    rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # a narrow terminal cuts this one
+    texts = (TextColumn("{task.fields[best]:>13}"), TextColumn("{task.fields[problem]}", "dim", table_column=rest))
+    with Progress(*columns, *texts, console=console, expand=True) as bars:
         tasks: dict[tuple[str, Any], Any] = {}
 
         def show(event: Event) -> None:
@@ -30,9 +32,9 @@ def progress() -> Iterator[Callable[[Event], None]]:
                 return
             key = (event.template, event.problem)
             if key not in tasks:
-                tasks[key] = bars.add_task(f"{event.template:9} {event.problem}", total=None, note="")
-            note = "" if event.best_ms is None else f"best {event.best_ms:.3f} ms"
-            bars.update(tasks[key], completed=event.done, total=event.total or None, note=note)
+                tasks[key] = bars.add_task(event.template, total=None, best="", problem=event.problem)
+            best = "" if event.best_ms is None else f"{event.best_ms:.3f} ms"
+            bars.update(tasks[key], completed=event.done, total=event.total or None, best=best)
             if event.kind == "done":
                 bars.update(tasks[key], total=max(event.done, 1), completed=max(event.done, 1))
 

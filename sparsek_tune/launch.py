@@ -25,6 +25,18 @@ from .kernel_templates.tiles import GATES
 from .reference import Selection
 
 _compiled: list[Any] | None = None
+_dry = False
+
+
+@contextlib.contextmanager
+def dry_run() -> Iterator[None]:
+    """Within the block stages make their output tensors and neither compile nor launch a kernel."""
+    global _dry
+    before, _dry = _dry, True
+    try:
+        yield
+    finally:
+        _dry = before
 
 
 @contextlib.contextmanager
@@ -40,6 +52,8 @@ def compile_only() -> Iterator[list[Any]]:
 
 
 def _run(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    if _dry:
+        return
     if _compiled is not None:
         _compiled.append(kernel.warmup(*args, grid=grid, enable_fp_fusion=True, **meta))
     else:

@@ -1,19 +1,22 @@
-"""Which tests run in this process, and files of its own for all of them."""
+"""Which tests run in this process, and a cache of their own for all of them."""
 
-import importlib.util
 import os
+import shutil
+import tempfile
 
 import pytest
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read when triton is imported: all tests of a process, or none
+
+# Neither the user's database nor the user's compiled kernels are touched, by worker processes either; set before any
+# test module is imported.
+CACHE = tempfile.mkdtemp(prefix="sparsek-tests-")
+os.environ["SPARSEK_TUNE_CACHE"] = os.path.join(CACHE, "cache.db")
+os.environ["TRITON_CACHE_DIR"] = os.path.join(CACHE, "triton")
 
 
-def pytest_configure(config):
-    # Neither the user's tuned configs nor the user's compiled kernels are touched, in worker processes either.
-    tmp = config.getoption("--basetemp", None) or os.path.join("/tmp", f"sparsek-tests-{os.getuid()}")
-    os.makedirs(tmp, exist_ok=True)
-    os.environ["SPARSEK_TUNE_CACHE"] = os.path.join(tmp, f"cache-{os.getpid()}.db")
-    os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(tmp, "triton"))
+def pytest_unconfigure():
+    shutil.rmtree(CACHE, ignore_errors=True)
 
 
 def _has_gpu() -> bool:
@@ -23,14 +26,10 @@ def _has_gpu() -> bool:
 
 
 def pytest_collection_modifyitems(items):
-    reasons = {
-        "gpu": None if not INTERPRET and _has_gpu() else "needs a CUDA device (and no TRITON_INTERPRET)",
-        "interpret": None if INTERPRET else "needs TRITON_INTERPRET=1",
-        "compile90": "needs TRITON_INTERPRET unset" if INTERPRET else None,
-    }
-    if importlib.util.find_spec("triton") is None:
-        reasons["compile90"] = "needs triton"
+    gpu = any(item.get_closest_marker("gpu") for item in items) and _has_gpu()
     for item in items:
-        for mark, reason in reasons.items():
-            if reason and item.get_closest_marker(mark):
-                item.add_marker(pytest.mark.skip(reason=reason))
+        if (item.get_closest_marker("interpret") is not None) != INTERPRET:
+            reason = "needs TRITON_INTERPRET unset" if INTERPRET else "needs TRITON_INTERPRET=1"
+            item.add_marker(pytest.mark.skip(reason=reason))
+        elif item.get_closest_marker("gpu") and not gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -11,7 +12,7 @@ from sparsek_tune.db.store import Measured, Store
 from sparsek_tune.kernel_templates import TEMPLATES
 from sparsek_tune.presets import shapes
 from sparsek_tune.problem import target_device
-from sparsek_tune.tune import Event, Row
+from sparsek_tune.tune import EFFORTS, Event, Row
 
 
 @pytest.fixture
@@ -82,13 +83,62 @@ def test_run_json_is_one_document(cache, monkeypatch):
 
 def test_run_interrupted(cache, monkeypatch):
     fake_tune(monkeypatch, error=KeyboardInterrupt())
-    result = invoke("run", "--target", "cuda:90")
+    result = invoke("run", "--target", "cuda:90", "--json")
     assert result.exit_code == 130 and "is kept" in result.stderr
+    assert json.loads(result.stdout)["exit_code"] == 130
 
 
 def test_run_without_a_working_config(cache, monkeypatch):
     fake_tune(monkeypatch, [row(PROBLEM, None, tuned_ms=None)])
     assert invoke("run", "--target", "cuda:90").exit_code == 5
+    document = json.loads(invoke("run", "--target", "cuda:90", "--json").stdout)
+    assert (
+        document["exit_code"] == 5 and document["rows"][0]["config"] is None and "working config" in document["error"]
+    )
+
+
+def test_run_without_time_for_any_kernel(cache, monkeypatch):
+    fake_tune(monkeypatch, [])
+    result = invoke("run", "--target", "cuda:90", "--budget", "0.001")
+    assert result.exit_code == 5 and "budget is too short" in result.stderr
+
+
+def test_efforts_reach_the_tuner(cache, monkeypatch):
+    for effort in EFFORTS:
+        calls = fake_tune(monkeypatch, [row(PROBLEM, DEFAULT)])
+        assert invoke("run", "--target", "cuda:90", "--effort", effort, "--budget", "7").exit_code == 0
+        assert (calls[0][2]["effort"], calls[0][2]["budget"]) == (effort, 7.0)
+
+
+def test_device_hides_the_other_gpus(cache, monkeypatch):
+    """The workers that measure inherit the environment; so GPU 0 is the chosen one there and here."""
+    calls = fake_tune(monkeypatch, [row(PROBLEM, DEFAULT)])
+    gpu = replace(target_device("cuda:90"), name="the GPU")
+    seen = []
+    monkeypatch.setattr(cli, "current_device", lambda: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]) or gpu)
+    for visible, index, chosen in ((None, "2", "2"), ("4, 6,7", "1", "6"), ("GPU-abc", "0", "GPU-abc")):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert invoke("run", "--device", index).exit_code == 0
+        assert seen.pop() == chosen
+    assert calls[0][1] is gpu and calls[0][2]["target"] is None
+
+
+def test_device_that_is_not_there(cache, monkeypatch):
+    def none():
+        raise RuntimeError("no CUDA device is available")
+
+    monkeypatch.setattr(cli, "current_device", none)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    result = invoke("run", "--device", "2", "--json")
+    assert result.exit_code == 3 and "--device must be below 2" in result.stderr and "is 2" in result.stderr
+    assert json.loads(result.stdout)["exit_code"] == 3
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    result = invoke("resolve", "--device", "0")
+    assert result.exit_code == 3 and "--device must be the index of a GPU, but is 0" in result.stderr
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")  # set by the command
+    assert not cache.exists()
 
 
 @pytest.mark.parametrize(
@@ -178,6 +228,76 @@ def test_doctor_names_a_missing_and_an_old_package(cache, monkeypatch):
     findings = {f.subject: f for f in doctor.examine()}
     assert findings["optuna"].level == "broken" and "pip install 'optuna>=" in findings["optuna"].mend
     assert findings["torch"].level == "broken" and "2.11" in findings["torch"].mend
+
+
+def findings_of(monkeypatch, tmp_path, *, driver, cuda):
+    """What the doctor says of the GPU where torch, built for ``cuda`` (None: CPU), finds none."""
+    import torch
+
+    from sparsek_tune import doctor
+
+    file = tmp_path / "driver"
+    if driver:
+        file.write_text(f"NVRM version: {driver}\nGCC version: 12\n")
+    monkeypatch.setattr(doctor, "DRIVER", file)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    return {f.subject: f for f in doctor.examine()}["gpu"]
+
+
+def test_doctor_tells_no_gpu_from_one_that_cannot_be_used(cache, monkeypatch, tmp_path):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert findings_of(monkeypatch, tmp_path, driver="", cuda=None).level == "note"
+    cpu_build = findings_of(monkeypatch, tmp_path, driver="570.1", cuda=None)
+    assert cpu_build.level == "broken" and "CUDA build of torch" in cpu_build.mend and "570.1" in cpu_build.found
+    assert "upgrade the driver" in findings_of(monkeypatch, tmp_path, driver="570.1", cuda="13.0").mend
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "9")
+    assert "CUDA_VISIBLE_DEVICES='9'" in findings_of(monkeypatch, tmp_path, driver="570.1", cuda="13.0").found
+
+
+def test_doctor_survives_what_it_looks_at(cache, monkeypatch):
+    from sparsek_tune import doctor
+
+    def broken():
+        raise OSError("gone")
+        yield
+
+    monkeypatch.setitem(doctor.LOOKS, "compilers", broken)
+    findings = {f.subject: f for f in doctor.examine()}
+    assert findings["compilers"].level == "broken" and "gone" in findings["compilers"].found
+    assert findings["database"].level == "note"
+
+
+def test_doctor_sees_stale_winners(cache, monkeypatch):
+    device, template = target_device("cuda:90"), TEMPLATES["forward"]
+    with Store(cache) as store:
+        run = store.start_run("test")
+        store.set_winner(store.record(device, template, PROBLEM, DEFAULT, Measured("static", 1.0), run))
+    assert "stale" not in {f["subject"] for f in json.loads(invoke("doctor", "--json").stdout)["findings"]}
+    monkeypatch.setitem(TEMPLATES, "forward", replace(template, sources=(__file__,)))
+    stale = {f["subject"]: f for f in json.loads(invoke("doctor", "--json").stdout)["findings"]}["stale"]
+    assert stale["level"] == "note" and stale["found"].startswith("1 ")
+
+
+def test_progress_on_a_terminal_and_off(capsys, monkeypatch):
+    from sparsek_tune.display import progress
+
+    events = [
+        Event("start", "dq", PROBLEM, 0, 9, None, ""),
+        Event("trial", "dq", PROBLEM, 1, 9, 0.5, "infeasible: [spills]"),
+        Event("note", "dq", PROBLEM, 0, 0, None, "the budget [is] spent"),
+        Event("done", "dq", PROBLEM, 2, 9, 0.25, ""),
+    ]
+    monkeypatch.setenv("COLUMNS", "100")
+    for terminal in ("", "1"):
+        monkeypatch.setenv("FORCE_COLOR", terminal)
+        monkeypatch.setenv("TTY_COMPATIBLE", terminal)
+        with progress() as show:
+            for event in events:
+                show(event)
+        out, err = capsys.readouterr()
+        assert out == "" and "the budget [is] spent" in err and "0.250 ms" in err
+        assert ("\x1b[" in err) == bool(terminal) and ("spills" not in err)
 
 
 def test_entry_point_and_exit_code(tmp_path):

@@ -1,12 +1,16 @@
 """The wheel: what is in it, and that it works from anywhere without the checkout."""
 
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
 
+from sparsek_tune.doctor import NEEDED
 from sparsek_tune.kernel_templates import TEMPLATES
 
 ROOT = Path(__file__).parents[1]
@@ -85,3 +89,44 @@ def test_command_line_and_database_work(installed, tmp_path):
     )
     out = python(installed, code)
     assert out.startswith("0\n{") and '"grade": "default"' in out
+
+
+def test_metadata(wheel):
+    """Users get lower bounds, so that no torch is replaced; the pins stay in the constraints."""
+    files = zipfile.ZipFile(wheel)
+    info = next(n for n in files.namelist() if n.endswith(".dist-info/METADATA")).rsplit("/", 1)[0]
+    metadata = message_from_bytes(files.read(f"{info}/METADATA"))
+    needs = [r for r in metadata.get_all("Requires-Dist", []) if "extra ==" not in r]
+    assert {re.split(r"[<>=; ]", r)[0] for r in needs} == set(NEEDED)
+    assert not any("==" in r.split(";")[0] for r in needs)
+    assert "Apache License" in files.read(f"{info}/licenses/LICENSE").decode()
+    assert "sparsek-tune = sparsek_tune.cli:main" in files.read(f"{info}/entry_points.txt").decode()
+
+
+def test_bounds_agree():
+    """The doctor's bounds are the project's, and the constraints fulfil them and pin all that is named."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = project["dependencies"] + project["optional-dependencies"]["dev"]
+    lows = {m[1]: _numbers(m[2]) for r in named if (m := re.match(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)", r))}
+    assert {name: lows[name][: len(low)] for name, low in NEEDED.items()} == NEEDED
+    pins = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert all(_numbers(pins[name]) >= low for name, low in lows.items())
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
+
+
+def test_readme_example_runs():
+    """The example, compiled without a code generator to keep it short, learns something in its scorer."""
+    import torch
+
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert code is not None
+    scope: dict = {}
+    exec(code[1].rsplit("\n\n", 1)[0], scope)
+    model = scope["Attention"](dim=64, heads=4, kv_heads=2, k=8, window=4)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    out = compiled(torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(0)))
+    out.square().sum().backward()
+    assert out.shape == (2, 40, 64) and model.scorer.weight.grad.abs().sum() > 0

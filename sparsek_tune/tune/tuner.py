@@ -82,6 +82,7 @@ class Run:
         self._store, self._run, self._on_event = store, run, on_event
         self._end = math.inf if budget is None else time.monotonic() + budget
         self._best: dict[tuple[str, Problem], Config] = {}
+        self._compiled: set[Problem] = set()
         self.pool = CompilePool(factory, timeout=effort.timeout)
         self.bench = Bench(factory, "interpret" if device.static else "measure", effort.timeout)
         self.verified: dict[tuple[str, Config, Problem], tuple[str, str]] = {}  # of static tuning
@@ -112,6 +113,17 @@ class Run:
                 self._best[template.name, row.problem] = row.config
             rows.append(row)
         return rows
+
+    def compile_defaults(self, problem: Problem) -> None:
+        """Compile every default at once: the measuring process, which needs all of them, then only loads them."""
+        if problem in self._compiled:
+            return
+        self._compiled.add(problem)
+        jobs = []
+        for t in self.templates.values():
+            spec = Spec(t.name, problem, self.device, self.companions(t, problem))
+            jobs.append(self.pool.submit(spec, t.default(problem, self.device)))
+        wait(jobs)
 
     def companions(self, template: Template, problem: Problem) -> dict[str, Config]:
         """The winners so far and the defaults elsewhere; for ``template`` itself the default."""
@@ -159,6 +171,7 @@ class Search:
         before = self.ledger.count()
         self.emit("start", f"{before} of {self.total} configs known" if before else "")
         if self.ledger.times().get(self.default) is None:
+            self.run.compile_defaults(self.problem)
             self._settle(self.default, self.run.pool.submit(self.spec, self.default).result())
         if self.ledger.times()[self.default] is None:
             return self.row(None, None, None, f"the default config does not work: {self._why(self.default)}")
