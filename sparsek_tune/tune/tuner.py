@@ -80,7 +80,7 @@ class Run:
     ) -> None:
         self.device, self.templates, self.effort, self.seed = device, templates, effort, seed
         self._store, self._run, self._on_event = store, run, on_event
-        self._end = math.inf if budget is None else time.monotonic() + budget
+        self.end = math.inf if budget is None else time.monotonic() + budget
         self._best: dict[tuple[str, Problem], Config] = {}
         self._compiled: set[Problem] = set()
         self.pool = CompilePool(factory, timeout=effort.timeout)
@@ -103,7 +103,7 @@ class Run:
                 tasks.setdefault((template.name, problem.project(template.fields)), (template, problem))
         rows = []
         for done, (template, problem) in enumerate(tasks.values()):
-            left = self._end - time.monotonic()
+            left = self.end - time.monotonic()
             if left <= 0:
                 self._say(template, problem, "note", f"the budget is spent: {len(tasks) - done} kernels not tuned")
                 break
@@ -158,6 +158,7 @@ class Search:
         self.default = template.default(problem, run.device)
         self.spec = Spec(template.name, problem, run.device, run.companions(template, problem))
         self.seed = zlib.crc32(f"{run.seed} {template.name} {self.key}".encode())
+        self._seconds = seconds
         self.end = time.monotonic() + seconds
         self.total = 0
 
@@ -173,6 +174,8 @@ class Search:
         if self.ledger.times().get(self.default) is None:
             self.run.compile_defaults(self.problem)
             self._settle(self.default, self.run.pool.submit(self.spec, self.default).result())
+            # What it takes to set everything up is no part of the search, but for the end of the whole run.
+            self.end = min(time.monotonic() + self._seconds, self.run.end)
         if self.ledger.times()[self.default] is None:
             return self.row(None, None, None, f"the default config does not work: {self._why(self.default)}")
         self._explore(proposals)
