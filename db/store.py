@@ -245,7 +245,7 @@ class Store:
         )
         with self._session() as session:
             found: dict[tuple[int, int, int], dict[str, int]] = {}
-            for d, t, p, status, count, _ in session.execute(counts):
+            for d, t, p, status, count, _ in map(tuple, session.execute(counts)):
                 found.setdefault((d, t, p), {})[status] = count
             devices = {r.id: _device(r) for r in session.scalars(select(DeviceRow))}
             templates = {r.id: r for r in session.scalars(select(TemplateRow))}

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from .kernel_templates import dkv as dkv_t
@@ -49,6 +48,10 @@ def compile_only() -> Iterator[list[Any]]:
         yield _compiled
     finally:
         _compiled = before
+
+
+def _cdiv(n: int, size: int) -> int:
+    return -(-n // size)
 
 
 def _run(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
@@ -92,11 +95,11 @@ def threshold(scores: Tensor, k: int, window: int, config: Config) -> Selection:
     pointers = scores.new_empty((rows, 2, m), dtype=torch.int32)
     log = (2 * m).bit_length()
     _run(
-        threshold_t.events_kernel, (triton.cdiv(m, 256), rows),
+        threshold_t.events_kernel, (_cdiv(m, 256), rows),
         us, order, events, codes, rank_codes, values, keys, m, LOG=log, BLOCK=256, num_warps=4,
     )  # fmt: skip
     coarse, span, blocks = threshold_t.cuts(m, config["COARSE"])
-    chunks = triton.cdiv(m, coarse)
+    chunks = _cdiv(m, coarse)
     table = scores.new_zeros((rows, 2, chunks, blocks, 2), dtype=torch.int64)
     _run(
         threshold_t.table_kernel, (blocks, 2, rows),
@@ -109,7 +112,7 @@ def threshold(scores: Tensor, k: int, window: int, config: Config) -> Selection:
         COARSE=coarse, WINDOW=config["coarse_window"], num_warps=config["coarse_warps"],
     )  # fmt: skip
     for chunk, step, walk in ((coarse, config["FINE"], "coarse"), (config["FINE"], 1, "fine")):
-        steps = triton.cdiv(m, step)
+        steps = _cdiv(m, step)
         out = scores.new_empty((rows, 2, steps, 4), dtype=torch.int64) if step > 1 else state
         _run(
             threshold_t.walk_kernel, (chunks, 2, rows),
@@ -119,7 +122,7 @@ def threshold(scores: Tensor, k: int, window: int, config: Config) -> Selection:
         )  # fmt: skip
         state, chunks = out, steps
     _run(
-        threshold_t.intervals_kernel, (triton.cdiv(n, 256), rows),
+        threshold_t.intervals_kernel, (_cdiv(n, 256), rows),
         pointers, keys, expiry, sat_end, sup_end, m, n, window, LOG=log, BLOCK=256, num_warps=4,
     )  # fmt: skip
     return Selection(tau, expiry, sat_end, sup_end, interior)
@@ -133,12 +136,12 @@ def schedule(selection: Selection, k: int, window: int, config: Config) -> Sched
     if m <= 0:
         return None
     evicted = torch.full_like(expiry, -1)
-    _run(schedule_t.evicted_kernel, (triton.cdiv(n, 256), rows), expiry, evicted, n, window, BLOCK=256, num_warps=4)
+    _run(schedule_t.evicted_kernel, (_cdiv(n, 256), rows), expiry, evicted, n, window, BLOCK=256, num_warps=4)
     segment, block, warps = config["SEGMENT"], config["BLOCK"], config["num_warps"]
     cap = min(k, m)
     alive, count, parents, parent_size = expiry, expiry, 1, 0
     for size in schedule_t.levels(segment, n):
-        nodes = triton.cdiv(n, size)
+        nodes = _cdiv(n, size)
         children = expiry.new_empty((rows, nodes, cap))
         counts = expiry.new_empty((rows, nodes))
         _run(
@@ -214,7 +217,7 @@ def forward(
     lists, segments, cap, segment = _list_args(sched, selection.expiry)
     bq = config["BM"] // s.meta["HEADS"]
     _run(
-        forward_t.forward_kernel, (triton.cdiv(s.n, bq), s.rows),
+        forward_t.forward_kernel, (_cdiv(s.n, bq), s.rows),
         query, key, value, scores, selection.tau, selection.expiry, *lists, out, lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         s.n, window, scale, segments, cap, s.kv_heads, **s.meta, SELECTED=sched is not None, WINDOW=window > 0,
@@ -236,7 +239,7 @@ def dq(
     lists, segments, cap, segment = _list_args(sched, selection.expiry)
     bq = config["BM"] // s.meta["HEADS"]
     _run(
-        dq_t.dq_kernel, (triton.cdiv(s.n, bq), s.rows),
+        dq_t.dq_kernel, (_cdiv(s.n, bq), s.rows),
         dout, query, key, value, scores, out, lse, selection.tau, selection.expiry, selection.sat_end,
         selection.interior, *lists, grad, delta, gbar, *dout.stride()[:3], *query.stride()[:3], *key.stride()[:3],
         *value.stride()[:3], *out.stride()[:3], *grad.stride()[:3], s.n, window, scale, segments, cap, s.kv_heads,
@@ -262,7 +265,7 @@ def dkv(
         entries = (s.rows * segments * cap, d)
         parts = (du.new_empty(entries), du.new_empty(entries), du.new_empty(entries[0]))
         _run(
-            dkv_t.dkv_kernel, (triton.cdiv(cap, config["BN"]), segments, s.rows),
+            dkv_t.dkv_kernel, (_cdiv(cap, config["BN"]), segments, s.rows),
             dout, query, key, value, scores, lse, delta, selection.tau, selection.expiry, selection.sat_end, *lists[:2],
             *parts, *strides, s.n, window, scale, segments, cap, s.kv_heads, **s.meta, SEGMENT=segment, **tile,
         )  # fmt: skip
@@ -270,7 +273,7 @@ def dkv(
         band = (du.new_empty((s.rows, s.n, d)), du.new_empty((s.rows, s.n, d)))
         meta = {name: x for name, x in s.meta.items() if name != "GATE"}
         _run(
-            dkv_t.band_kernel, (triton.cdiv(s.n, config["BN"]), s.rows),
+            dkv_t.band_kernel, (_cdiv(s.n, config["BN"]), s.rows),
             dout, query, key, value, lse, delta, *band, *strides, s.n, window, scale, s.kv_heads, **meta, **tile,
         )  # fmt: skip
     if sched is not None and gate != "none":
@@ -278,7 +281,7 @@ def dkv(
         _run(dkv_t.prefix_kernel, (s.rows,), gbar, prefix, s.n, BLOCK=1024, num_warps=4)
     meta = {name: s.meta[name] for name in ("D", "BD", "GATE", "WIDE")}
     _run(
-        dkv_t.reduce_kernel, (triton.cdiv(s.n, config["BLOCK"]), s.rows),
+        dkv_t.reduce_kernel, (_cdiv(s.n, config["BLOCK"]), s.rows),
         *parts, *band, prefix, selection.expiry, selection.sat_end, selection.sup_end, *lists, dk, dv, du,
         *dk.stride()[:3], *dv.stride()[:3], s.n, s.n - window, window, segments, cap, s.kv_heads, **meta,
         SELECTED=sched is not None, WINDOW=window > 0, SEGMENT=segment, BLOCK=config["BLOCK"], STEPS=cap.bit_length(),

@@ -132,9 +132,9 @@ def _modules() -> tuple[Any, Any]:
 def _interpreter() -> bool:
     if not has_triton_package():
         return False
-    import triton
+    from triton import knobs
 
-    return triton.knobs.runtime.interpret
+    return knobs.runtime.interpret
 
 
 def _runs_kernels(t: Tensor) -> bool:

@@ -252,7 +252,7 @@ def attention_forward(
     """
     _check_attention(query, key, value, scores, gate)
     selection = select(scores, k, window)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
     q, ks, vs, u = _fold(query, key, value, scores)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
     with _no_autocast(query.device):
@@ -276,7 +276,7 @@ def attention_backward(
     candidate inside ``(tau, tau + 1)`` gets, selected or not: ``-gbar``, minus the sum of g over their number.
     """
     _check_attention(query, key, value, scores, gate)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
     q, ks, vs, u = _fold(query, key, value, scores)
     do, o = (x.to(q.dtype).reshape(q.shape) for x in (dout, out))
     norm = lse.to(q.dtype).reshape(q.shape[:3])

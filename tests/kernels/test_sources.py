@@ -1,4 +1,4 @@
-"""What the kernel sources promise: our own tuner alone, no deprecated API, no result that depends on an order of atomics."""
+"""What the kernel sources promise: our own tuner alone, no deprecated API, no dependence on an order of atomics."""
 
 from pathlib import Path
 
