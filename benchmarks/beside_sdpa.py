@@ -2,8 +2,8 @@
 
 python benchmarks/beside_sdpa.py
 
-Prints medians (ms) of `triton.testing.do_bench` through the public operator, index stages counted, and the grades of the
-configs that were served. Scores are normal with deviation 3. Needs a CUDA device with cuDNN attention.
+Prints medians (ms) of `triton.testing.do_bench` through the public operator, index stages counted, and the grades of
+the configs that were served. Scores are normal with deviation 3. Needs a CUDA device with cuDNN attention.
 """
 
 import torch
