@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import math
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from op_inputs import LENGTHS, OPTIONS, attention_args, backward_args, dense_attention, make
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,61 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparsek_tune import ops
 from sparsek_tune.ops import sparsek, sparsek_attention, sparsek_select
-
-LENGTHS = (20, 37, 64, 100)
-OPTIONS = (7, 5, 0.3, "kv")  # k, window, scale, gate
-
-
-def make(n=24, b=2, hq=4, hkv=2, d=8, dtype=torch.float32, grad=False, permuted=False, seed=0):
-    """query, key, value, scores; ``permuted``: storage [B, N, H, D] and [B, N, H] as models have it."""
-    g = torch.Generator().manual_seed(seed + n)
-
-    def one(heads, *tail):
-        shape = (b, n, heads, *tail) if permuted else (b, heads, n, *tail)
-        t = torch.randn(shape, generator=g, dtype=torch.float64)
-        t = (t.transpose(1, 2) if permuted else t).to(torch.float32 if not tail and dtype.itemsize < 8 else dtype)
-        return t.requires_grad_(grad)
-
-    return one(hq, d), one(hkv, d), one(hkv, d), one(hkv)
-
-
-def dense_attention(query, key, value, scores, k, window, scale, gate):
-    """Section 1 of the design, literally: one query at a time, tau by bisection."""
-    b, hq, n, _ = query.shape
-    hkv = key.shape[1]
-    out = torch.empty_like(query)
-    for row in range(b * hq):
-        i_b, i_h = divmod(row, hq)
-        q, kv = query[i_b, i_h], i_h // (hq // hkv)
-        kk, vv, u = key[i_b, kv], value[i_b, kv], scores[i_b, kv].tolist()
-        for i in range(n):
-            candidates = list(range(i - window + 1))
-            chosen = sorted(candidates, key=lambda j: (-u[j], j))[:k]
-            tau = -math.inf
-            if len(candidates) > k:
-                low, high = min(u) - 2, max(u) + 2
-                for _ in range(80):
-                    mid = (low + high) / 2
-                    total = sum(min(max(u[j] - mid, 0), 1) for j in candidates)
-                    low, high = (mid, high) if total > k else (low, mid)
-                tau = high
-            keys = [*range(max(0, i - window + 1), i + 1), *chosen] if window else chosen
-            m = [1.0 if j > i - window else min(max(u[j] - tau, 0), 1) for j in keys]
-            m = torch.tensor(m, dtype=query.dtype)
-            logits = scale * (kk[keys] @ q[i]) * (m if gate == "kv" else 1)
-            out[i_b, i_h, i] = (torch.softmax(logits, 0) * (m if gate != "none" else 1)) @ vv[keys]
-    return out
-
-
-def attention_args(grad=False, **kwargs):
-    return (*make(grad=grad, **kwargs), *OPTIONS)
-
-
-def backward_args(**kwargs):
-    args = attention_args(**kwargs)
-    out, *rest = ops.ATTENTION(*args)
-    return (torch.randn_like(out), *args[:4], out, *rest, *OPTIONS)
-
 
 # Meaning
 
@@ -364,120 +309,3 @@ def test_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(layer(*tensors).square().sum(), tensors[:1], create_graph=True)
     with pytest.raises(RuntimeError, match=r"once_differentiable|differentiable once|twice"):
         grad.sum().backward()
-
-
-# Arguments
-
-
-def bad(**changes):
-    return lambda: {**dict(zip(("query", "key", "value", "scores"), make(), strict=True)), "k": 4, **changes}
-
-
-def changed(name, change):
-    def build():
-        args = dict(zip(("query", "key", "value", "scores"), make(), strict=True))
-        return {**args, "k": 4, name: change(args[name])}
-
-    return build
-
-
-INVALID = {
-    "query no tensor": (bad(query=[1.0]), TypeError, r"query must be a torch.Tensor, but is list"),
-    "query integer": (changed("query", torch.Tensor.int), TypeError, r"query must be floating point.*int32"),
-    "query rank": (changed("query", lambda t: t[0]), ValueError, r"query must be \[B, Hq, N, D\].*\[4, 24, 8\]"),
-    "query empty": (changed("query", lambda t: t[:, :, :0]), ValueError, r"query must be .*no size 0.*\[2, 4, 0, 8\]"),
-    "query heads": (changed("query", lambda t: t[:, :3]), ValueError, r"key must be .*divisor of query's Hq = 3"),
-    "query float8": (
-        changed("query", lambda t: t.to(torch.float8_e4m3fn)),
-        TypeError,
-        r"query must be float32.*float8",
-    ),
-    "key rank": (changed("key", lambda t: t[0]), ValueError, r"key must be \[B, Hkv, N, D\].*\[2, 24, 8\]"),
-    "key length": (
-        changed("key", lambda t: t[:, :, 1:]),
-        ValueError,
-        r"key must be .*\[2, 2, 24, 8\].*\[2, 2, 23, 8\]",
-    ),
-    "key dtype": (changed("key", torch.Tensor.half), TypeError, r"key must have query's dtype torch.float32.*float16"),
-    "key device": (changed("key", lambda t: t.to("meta")), ValueError, r"key must be on query's device cpu.*meta"),
-    "value head size": (changed("value", lambda t: t[..., 1:]), ValueError, r"value must be of shape.*\[2, 2, 24, 7\]"),
-    "value dtype": (changed("value", torch.Tensor.double), TypeError, r"value must have query's dtype.*float64"),
-    "scores rank": (changed("scores", lambda t: t[..., None]), ValueError, r"scores must be of shape \[B, Hkv, N\]"),
-    "scores heads": (changed("scores", lambda t: t[:, :1]), ValueError, r"scores must be .*\[2, 2, 24\].*\[2, 1, 24\]"),
-    "scores integer": (changed("scores", torch.Tensor.long), TypeError, r"scores must be floating point.*int64"),
-    "scores float64": (
-        changed("scores", torch.Tensor.double),
-        TypeError,
-        r"scores must be float32.*but is torch.float64",
-    ),
-    "k zero": (bad(k=0), ValueError, r"k must be in \[1, 2147483647\], but is 0"),
-    "k huge": (bad(k=2**31), ValueError, r"k must be in .*2147483648"),
-    "k bool": (bad(k=True), TypeError, r"k must be an int, but is True of type bool"),
-    "k float": (bad(k=4.0), TypeError, r"k must be an int, but is 4.0 of type float"),
-    "window negative": (bad(window=-1), ValueError, r"window must be in \[0, 2147483647\], but is -1"),
-    "window none": (bad(window=None), TypeError, r"window must be an int, but is None"),
-    "scale inf": (bad(scale=math.inf), ValueError, r"scale must be finite, but is inf"),
-    "scale text": (bad(scale="1"), TypeError, r"scale must be a float or None, but is '1'"),
-    "gate": (bad(gate="k"), ValueError, r"gate must be one of 'kv', 'v', 'none', but is 'k'"),
-}
-
-
-@pytest.mark.parametrize("case", INVALID)
-def test_invalid_attention_arguments(case, monkeypatch):
-    build, error, message = INVALID[case]
-    monkeypatch.setattr(ops, "_Attention", None)  # nothing may get this far
-    with pytest.raises(error, match=message):
-        sparsek_attention(**build())
-
-
-@pytest.mark.parametrize(
-    ("args", "error", "message"),
-    [
-        ((torch.zeros(2, 3), 1), ValueError, r"scores must be \[B, Hkv, N\].*\[2, 3\]"),
-        ((torch.zeros(2, 3, 0), 1), ValueError, r"scores must be .*no size 0"),
-        ((torch.zeros(1, 2, 3, dtype=torch.int64), 1), TypeError, r"scores must be floating point"),
-        (([1.0], 1), TypeError, r"scores must be a torch.Tensor"),
-        ((torch.zeros(1, 2, 3), 0), ValueError, r"k must be in"),
-        ((torch.zeros(1, 2, 3), 1.5), TypeError, r"k must be an int"),
-    ],
-)
-def test_invalid_select_arguments(args, error, message):
-    with pytest.raises(error, match=message):
-        sparsek_select(*args)
-
-
-def test_invalid_select_window():
-    with pytest.raises(ValueError, match=r"window must be in \[0, 2147483647\], but is -3"):
-        sparsek_select(torch.zeros(1, 2, 3), 1, window=-3)
-
-
-@pytest.mark.parametrize(
-    ("args", "error", "message"),
-    [
-        ((None, 1), TypeError, r"z must be a torch.Tensor"),
-        ((torch.zeros(3, dtype=torch.int32), 1), TypeError, r"z must be floating point"),
-        ((torch.zeros(3), 0), ValueError, r"k must be in"),
-        ((torch.zeros(3), 1, 1), ValueError, r"dim must be in \[-1, 1\) for z of shape \[3\], but is 1"),
-        ((torch.zeros(3), 1, 0.5), TypeError, r"dim must be an int"),
-    ],
-)
-def test_invalid_projection_arguments(args, error, message):
-    with pytest.raises(error, match=message):
-        sparsek(*args)
-
-
-def test_the_ops_check_arguments_themselves():
-    query, key, value, scores = make()
-    with pytest.raises(ValueError, match="key must be of shape"):
-        ops.ATTENTION(query, key[:, :, 1:], value, scores, *OPTIONS)
-    with pytest.raises(ValueError, match="k must be in"):
-        ops.SELECT(scores, 0, 0)
-    dout, *rest = backward_args()
-    with pytest.raises(ValueError, match="dout must be of shape"):
-        ops.ATTENTION_BACKWARD(dout[:, :1], *rest)
-
-
-def test_nan_scores_return():
-    query, key, value, scores = make()
-    scores[:, :, 3] = math.nan
-    assert sparsek_attention(query, key, value, scores, 4, window=2).shape == query.shape
