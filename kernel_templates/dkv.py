@@ -36,10 +36,12 @@ def _key_tile(
         i = first + m // HEADS
         ok = (i < end) & (h < G)
         token = i
+        sub = h
         if WIDE:
             token = i.to(tl.int64)
-        q = load_rows(q_ptr, token * sq_n + h * sq_h, 1, ok, D, BD, WIDE)
-        do = load_rows(do_ptr, token * sdo_n + h * sdo_h, 1, ok, D, BD, WIDE)
+            sub = h.to(tl.int64)
+        q = load_rows(q_ptr, token * sq_n + sub * sq_h, 1, ok, D, BD, WIDE)
+        do = load_rows(do_ptr, token * sdo_n + sub * sdo_h, 1, ok, D, BD, WIDE)
         lse = tl.load(lse_ptr + h * N + i, mask=ok, other=0.0) * LOG2E
         delta = tl.load(delta_ptr + h * N + i, mask=ok, other=0.0)
         counted = (i[None, :] >= born[:, None]) & (i[None, :] < until[:, None]) & ok[None, :]

@@ -49,16 +49,18 @@ def dq_kernel(
     h = m % HEADS
     ok = (i < N) & (h < G)
     token = i
+    sub = h  # the head among those of the KV head, as wide as the strides need
     if WIDE:
         token = i.to(tl.int64)
+        sub = h.to(tl.int64)
     k_ptr += batch * sk_b + head * sk_h
     v_ptr += batch * sv_b + head * sv_h
     u_ptr += row * N
     expiry_ptr += row * N
     sat_end_ptr += row * N
-    q = load_rows(q_ptr + batch * sq_b + head * G * sq_h, token * sq_n + h * sq_h, 1, ok, D, BD, WIDE)
-    do = load_rows(do_ptr + batch * sdo_b + head * G * sdo_h, token * sdo_n + h * sdo_h, 1, ok, D, BD, WIDE)
-    o = load_rows(o_ptr + batch * so_b + head * G * so_h, token * so_n + h * so_h, 1, ok, D, BD, WIDE)
+    q = load_rows(q_ptr + batch * sq_b + head * G * sq_h, token * sq_n + sub * sq_h, 1, ok, D, BD, WIDE)
+    do = load_rows(do_ptr + batch * sdo_b + head * G * sdo_h, token * sdo_n + sub * sdo_h, 1, ok, D, BD, WIDE)
+    o = load_rows(o_ptr + batch * so_b + head * G * so_h, token * so_n + sub * so_h, 1, ok, D, BD, WIDE)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     tl.store(delta_ptr + (row * G + h) * N + i, delta, mask=ok)
     lse = tl.load(lse_ptr + (row * G + h) * N + i, mask=ok, other=0.0) * LOG2E
@@ -129,7 +131,7 @@ def dq_kernel(
             acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
 
     dq_ptr += batch * sdq_b + head * G * sdq_h
-    store_rows(dq_ptr, token * sdq_n + h * sdq_h, 1, ok, acc * scale, D, BD, WIDE)
+    store_rows(dq_ptr, token * sdq_n + sub * sdq_h, 1, ok, acc * scale, D, BD, WIDE)
     if GATE != GATE_NONE:
         query = first + tl.arange(0, BQ)
         interior = tl.load(interior_ptr + row * N + query, mask=query < N, other=1)

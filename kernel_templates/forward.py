@@ -65,7 +65,7 @@ def forward_kernel(
     expiry_ptr += row * N
     at_row = i * sq_n + h * sq_h
     if WIDE:
-        at_row = i.to(tl.int64) * sq_n + h * sq_h
+        at_row = i.to(tl.int64) * sq_n + h.to(tl.int64) * sq_h
     q = load_rows(q_ptr, at_row, 1, ok, D, BD, WIDE)
     acc = tl.zeros([BM, BD], tl.float32)
     peak = tl.full([BM], float("-inf"), tl.float32)
@@ -122,7 +122,7 @@ def forward_kernel(
     o = acc / tl.where(norm > 0, norm, 1.0)[:, None]
     at_out = i * so_n + h * so_h
     if WIDE:
-        at_out = i.to(tl.int64) * so_n + h * so_h
+        at_out = i.to(tl.int64) * so_n + h.to(tl.int64) * so_h
     store_rows(o_ptr + batch * so_b + head * G * so_h, at_out, 1, ok, o, D, BD, WIDE)
     lse = (peak + tl.log2(norm)) / LOG2E
     tl.store(lse_ptr + (row * G + h) * N + i, lse, mask=ok)

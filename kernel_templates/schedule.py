@@ -14,6 +14,8 @@ Design fact 2 bounds each list: at most ``min(k, M) + SEGMENT`` keys.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import triton
 import triton.language as tl
 
@@ -169,5 +171,6 @@ TEMPLATE = Template(
     default=_default,
     check=_check,
     cost=_cost,
-    sources=(__file__,),
+    # Its time is that of its consumers too, so a change of theirs outdates it.
+    sources=(__file__, *(str(Path(__file__).with_name(f"{name}.py")) for name in ("forward", "dq", "dkv", "tiles"))),
 )

@@ -44,8 +44,8 @@ def store_rows(ptr, index, stride, ok, x, D: tl.constexpr, BD: tl.constexpr, WID
 
 @triton.jit
 def gate(u, tau):
-    """clip(u - tau, 0, 1) (paper, section 3); tau = -inf gives 1."""
-    return tl.minimum(tl.maximum(u - tau, 0.0), 1.0)
+    """clip(u - tau, 0, 1) (paper, section 3); tau = -inf gives 1, also where u is -inf (a key masked by its score)."""
+    return tl.minimum(tl.maximum(tl.maximum(u, -3.0e38) - tau, 0.0), 1.0)
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def tile_error(config, problem, device, matrices_rows: int, matrices_keys: int) 
         return f"BM {config['BM']} does not hold one query's {heads} heads"
     if config["BM"] // heads > 256:
         return "a tile of more than 256 queries may cross a segment"
-    if problem.dtype == "fp32" and config["BM"] * config["BN"] * next_pow2(max(problem.d, 16)) > 1 << 17:
+    if problem.dtype == "fp32" and config["BM"] * config["BN"] * next_pow2(max(problem.d, 16)) > 1 << 18:
         return "an IEEE fp32 dot is unrolled: too much code for this tile"
     depth = max(1, config["num_stages"] - 1)
     smem = tile_smem(problem, config["BM"], config["BN"], matrices_rows, matrices_keys, depth)

@@ -12,6 +12,9 @@ from .problem import GATES
 
 INT_MAX = 2**31 - 1  # positions are int32
 HEAD_MAX = 256  # what a tile of the kernels holds
+GROUP_MAX = 64  # query heads per KV head: a tile holds all of them for one query
+ROWS_MAX = 65535  # batch x KV heads: CUDA's limit for the second and third axis of a grid
+LENGTH_MAX = 2**29  # positions times four are int32
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 
 
@@ -39,6 +42,7 @@ def check_select(scores: Tensor, k: int, window: int) -> None:
     if scores.dim() != 3 or 0 in scores.shape:
         raise ValueError(f"scores must be [B, Hkv, N], no size 0, but is of shape {list(scores.shape)}")
     _check_dtype("scores", scores.dtype, scores.device.type == "cpu")
+    _check_extent("scores", scores.shape[0] * scores.shape[1], scores.shape[2], scores.device.type)
     _check_int("k", k, 1)
     _check_int("window", window, 0)
 
@@ -83,6 +87,18 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> 
     kind = query.device.type
     if kind != "cpu" and d > HEAD_MAX:
         raise ValueError(f"query must have a head size D in [1, {HEAD_MAX}] on {kind}, but D is {d}")
+    if kind != "cpu" and heads // kv_heads > GROUP_MAX:
+        raise ValueError(
+            f"query must have at most {GROUP_MAX} heads per KV head on {kind}, but has {heads} for {kv_heads}"
+        )
+    _check_extent("query", batch * kv_heads, n, kind)
+
+
+def _check_extent(name: str, rows: int, n: int, kind: str) -> None:
+    if kind != "cpu" and rows > ROWS_MAX:
+        raise ValueError(f"{name} must have at most {ROWS_MAX} batches times KV heads on {kind}, but has {rows}")
+    if kind != "cpu" and n > LENGTH_MAX:
+        raise ValueError(f"{name} must have a length of at most {LENGTH_MAX} on {kind}, but has {n}")
 
 
 def _check_dtypes(query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> None:

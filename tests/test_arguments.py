@@ -8,7 +8,7 @@ import pytest
 import torch
 from op_inputs import OPTIONS, backward_args, make
 
-from sparsek_tune import ops
+from sparsek_tune import arguments, ops
 from sparsek_tune.ops import sparsek, sparsek_attention, sparsek_select
 
 
@@ -124,3 +124,19 @@ def test_nan_scores_return():
     query, key, value, scores = make()
     scores[:, :, 3] = math.nan
     assert sparsek_attention(query, key, value, scores, 4, window=2).shape == query.shape
+
+
+@pytest.mark.parametrize(
+    "shape, words",
+    [
+        ((1, 65, 1, 16, 32), "at most 64 heads per KV head"),
+        ((65536, 1, 1, 16, 32), "65535 batches times KV heads"),
+        ((1, 1, 1, 2**29 + 1, 32), "length of at most 536870912"),
+        ((1, 1, 1, 16, 257), "head size"),
+    ],
+)
+def test_extents_that_only_the_kernels_bound(shape, words):
+    b, hq, hkv, n, d = shape
+    query, key, value = (torch.empty(b, h, n, d, device="meta") for h in (hq, hkv, hkv))
+    with pytest.raises(ValueError, match=words):
+        arguments.check_attention(query, key, value, torch.empty(b, hkv, n, device="meta"), 4, 0, None, "kv")

@@ -73,7 +73,12 @@ CASES = [
     *(Case(dtype=torch.float16, gate=g, w=w, d=d) for g, w, d in (("kv", 10, 80), ("v", 0, 32), ("none", 5, 32))),
     Case(b=2, hkv=2, n=40, permuted=True),
     Case(b=2, hkv=2, n=40, permuted=True, dtype=torch.float16, scores="ties"),
-    Case(n=300, k=20, w=30, g=1),  # two segments
+]
+# Segments of 256 (below), so that lists have all their parts, and nodes a parent's alive keys to look at.
+LONG = [
+    Case(n=700, k=20, w=30, g=1, d=16),
+    Case(n=600, k=9, w=0, g=2, d=16, scores="wide", gate="v"),
+    Case(n=600, k=16, w=3, g=1, d=16, scores="slope", hkv=2),
 ]
 
 
@@ -85,6 +90,64 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor, floor: float = 0.0
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_kernels_agree_with_the_reference(case):
+    check(case)
+
+
+@pytest.mark.parametrize("case", LONG, ids=repr)
+def test_several_segments(case, monkeypatch):
+    """With two levels of alive lists, as only long sequences have them otherwise."""
+    from sparsek_tune.kernel_templates import schedule
+    from sparsek_tune.kernel_templates.base import Config
+
+    monkeypatch.setattr(schedule, "FANOUT", 2)
+    default = ops._default_configs
+
+    def short(problem):
+        configs = dict(default(problem))
+        return {**configs, "schedule": Config({**configs["schedule"], "SEGMENT": 256, "BLOCK": 128})}
+
+    monkeypatch.setattr(ops, "_default_configs", short)
+    check(case)
+
+
+def test_a_score_of_minus_infinity_masks_its_key():
+    tensors = Case(n=60, k=8, w=4).tensors()
+    with torch.no_grad():
+        tensors[3][..., 3:9] = float("-inf")
+    out = sparsek_attention(*tensors, 8, window=4)
+    out.sum().backward()
+    assert all(t.isfinite().all() for t in (out, *(t.grad for t in tensors)))
+    changed = [t.detach().clone() for t in tensors]
+    changed[2][..., 3:9, :] += 100  # once eight other keys are candidates, and these have left the window
+    torch.testing.assert_close(sparsek_attention(*changed, 8, window=4)[..., 18:, :], out.detach()[..., 18:, :])
+
+
+def test_heads_further_apart_than_32_bits():
+    """Strides of multi-query attention over a million tokens, in memory that is never touched in between."""
+    group, apart = 17, 1 << 27
+    key, value, scores = (t.detach() for t in Case(n=8, d=16, dtype=torch.float16).tensors()[1:])
+    near = torch.randn(1, group, 8, 16, dtype=torch.float16)
+    results = []
+    for stride in (8 * 16, apart):
+        storage = torch.empty((group - 1) * stride + 8 * 16, dtype=torch.float16)
+        query = storage.as_strided(near.shape, (0, stride, 16, 1)).copy_(near).requires_grad_()
+        leaves = [query, *(t.clone().requires_grad_() for t in (key, value, scores))]
+        out = sparsek_attention(*leaves, 3, window=2)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("size", [1e5, 1e7, 1e30])
+def test_very_large_scores_stay_finite(size):
+    tensors = Case(n=60, k=8, w=4).tensors()
+    with torch.no_grad():
+        tensors[3].mul_(size)
+    out = sparsek_attention(*tensors, 8, window=4)
+    assert out.isfinite().all()
+    assert torch.equal(sparsek_select(tensors[3], 8, window=4)[1], reference.select(tensors[3].double(), 8, 4).expiry)
+
+
+def check(case):
     tensors = case.tensors()
     exact = [t.detach().double().requires_grad_() for t in tensors]
     out = sparsek_attention(*tensors, case.k, window=case.w, gate=case.gate)

@@ -21,11 +21,14 @@ class Ledger:
         # The latest attempt counts; a race repeats the configs that it compares.
         self.latest: dict[Config, Measured] = {}
         self._ids: dict[Config, int] = {}
+        self._last_trial = ""  # when the latest config was timed outside of a race
         for row in store.measurements(device, template, problem):
             self._note(row)
 
     def _note(self, row: Recorded) -> None:
         self.latest[row.config], self._ids[row.config] = row.result, row.id
+        if row.result.status == "ok" and row.result.protocol.get("phase") != "race":
+            self._last_trial = row.created_at
 
     def fail(self, config: Config, status: str, reason: str, protocol: Mapping[str, Any]) -> None:
         self._add(config, Measured(status, reason=reason, protocol=protocol))
@@ -47,6 +50,11 @@ class Ledger:
         want = (device, template.name, template.source_hash, problem.project(template.fields))
         entries = (e for e in self._store.winners() if (e.device, e.template, e.source_hash, e.problem) == want)
         return next(entries, None)
+
+    def unraced(self) -> bool:
+        """Whether a config was timed after the stored winner's race, as by a run that was stopped before its own."""
+        winner = self.winner()
+        return winner is not None and self._last_trial > winner.created_at
 
     def times(self) -> dict[Config, float | None]:
         """Config to median ms, None for one that gave no time."""

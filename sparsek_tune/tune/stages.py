@@ -223,7 +223,13 @@ class KernelStage:
 
     @cached_property
     def _meta_small(self) -> Pipeline:
-        return Pipeline(make_inputs(self._small, self._on), self._spec.companions)
+        return Pipeline(make_inputs(self._small, self._on), self._small_companions)
+
+    @cached_property
+    def _small_companions(self) -> dict[str, Config]:
+        """With the shortest segments, so that a small problem has several: most of a list's parts need that."""
+        schedule = self._spec.companions["schedule"]
+        return {**self._spec.companions, "schedule": Config({**schedule, "SEGMENT": 256, "BLOCK": 256})}
 
     @cached_property
     def _baseline(self) -> dict[str, Tensor]:
@@ -239,7 +245,7 @@ class KernelStage:
         # Upstream results come from the reference: a candidate is judged by its own kernels alone.
         selection = Selection(*(want[f].to(torch.float32 if f == "tau" else torch.int32) for f in Selection._fields))
         known = {"selection": selection, "out": want["out"].to(inputs.query.dtype), "lse": want["lse"].float()}
-        return _Case(kind, inputs, Pipeline(inputs, self._spec.companions, known), want)
+        return _Case(kind, inputs, Pipeline(inputs, self._small_companions, known), want)
 
 
 @lru_cache(maxsize=2 * max(map(len, SCORES.values())))

@@ -46,14 +46,14 @@ class _Ranked(NamedTuple):
 def search(search: Search) -> Row:
     """Static tuning of one template at one problem: the row has no times."""
     known = search.ledger.winner()
-    if known is not None:
+    configs = _candidates(search)
+    if known is not None and _looked_at(search, Config.from_key(known.config)) >= len(configs):
         search.emit("start", "known")
         return search.row(Config.from_key(known.config), None, None, "as stored")
-    configs = _candidates(search)
     search.total = len(configs)
     search.emit("start", "")
     ranked = _compile(search, configs)
-    winner = _first_right(search, _order(ranked, search.default))
+    winner = _first_right(search, _order(ranked, search.default), len(configs))
     if winner is not None:
         search.ledger.win(winner, None, None)
     row = search.row(winner, None, None, "" if winner is not None else "no config passed")
@@ -79,6 +79,12 @@ def resident_warps(kernel: Kernel, device: Device) -> int:
     by_registers = 65536 // max(1, kernel.registers * 32 * kernel.warps)
     by_shared = device.smem // kernel.shared if kernel.shared else 64
     return min(64, kernel.warps * min(by_registers, by_shared))
+
+
+def _looked_at(search: Search, winner: Config) -> int:
+    """Among how many configs ``winner`` won: a run of more effort looks again."""
+    latest = search.ledger.latest.get(winner)
+    return 0 if latest is None else int(latest.protocol.get("candidates", 0))
 
 
 def _candidates(search: Search) -> list[Config]:
@@ -119,15 +125,16 @@ def _order(ranked: list[_Ranked], default: Config) -> list[_Ranked]:
     return sorted(ranked, key=key)
 
 
-def _first_right(search: Search, ranked: list[_Ranked]) -> Config | None:
-    """The first config that the interpreter verifies, the best few and then the default."""
+def _first_right(search: Search, ranked: list[_Ranked], candidates: int) -> Config | None:
+    """The first config that the interpreter verifies, the best few and then the default; recorded as the best of
+    ``candidates``."""
     best = ranked[: search.run.effort.static_finalists]
     best += [r for r in ranked if r.config == search.default and r not in best]
     for r in best:
         if time.monotonic() > search.end and r.config != search.default:
             continue
         status, reason = _verify(search, r.config)
-        protocol = {**PROTOCOL, "kernels": [k._asdict() for k in r.kernels]}
+        protocol = {**PROTOCOL, "kernels": [k._asdict() for k in r.kernels], "candidates": candidates}
         if status == "static":
             search.ledger.static(r.config, r.seconds * 1e3, protocol)
             return r.config

@@ -179,7 +179,7 @@ class Search:
         if self.ledger.times()[self.default] is None:
             return self.row(None, None, None, f"the default config does not work: {self._why(self.default)}")
         self._explore(proposals)
-        if stored is not None and self.ledger.count() == before:  # nothing new: the old race still stands
+        if stored is not None and self.ledger.count() == before and not self.ledger.unraced():  # the old race stands
             return self.row(Config.from_key(stored.config), stored.default_ms, stored.tuned_ms, "as stored")
         return self._race()
 

@@ -32,7 +32,7 @@ class Effort:
 
 EFFORTS = {
     "quick": Effort(20, 30.0, 0.05, 3, 0.5, 4, 2),
-    "default": Effort(80, 150.0, 0.1, 5, 1.0, 8, 3),
+    "default": Effort(80, 150.0, 0.1, 5, 1.0, 6, 2),
     "full": Effort(400, 900.0, 0.25, 8, 3.0, 48, 6),
 }
 

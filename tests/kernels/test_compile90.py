@@ -84,7 +84,7 @@ def test_other_points_compile(overrides):
 @pytest.mark.parametrize("name", list(TEMPLATES))
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("d", [32, 128, 256])
-@pytest.mark.parametrize("g", [1, 7, 16])
+@pytest.mark.parametrize("g", [1, 7, 16, 64])
 def test_default_is_in_the_space_and_feasible_everywhere(name, dtype, d, g):
     template = TEMPLATES[name]
     for cc in (80, 86, 90, 120):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import faults
 import pytest
 
@@ -71,6 +73,16 @@ def test_problems_with_one_small_problem_are_verified_once_and_the_second_run_do
     rows = go(store, t, problems)
     assert len(rows) == 2 and len(calls) == 1 and len(store.winners()) == 2
     assert [r.config for r in go(store, t, problems)] == [r.config for r in rows] and len(calls) == 1
+
+
+def test_more_effort_looks_again(store, monkeypatch):
+    t = priced(lambda config: 1e9 / config["tile"], tiles=(16, 4096))
+    monkeypatch.setitem(EFFORTS, "tiny", dataclasses.replace(TINY, static_trials=2, static_finalists=1))
+    few = go(store, t)[0]
+    monkeypatch.setitem(EFFORTS, "tiny", dataclasses.replace(TINY, static_trials=50, static_finalists=1))
+    many = go(store, t)[0]
+    assert few.tried == 2 and many.tried == 9 and many.config["tile"] == 4096
+    assert go(store, t)[0].config == many.config
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 
@@ -106,6 +107,27 @@ def test_a_second_run_measures_nothing_again(store, monkeypatch, tmp_path):
     assert go(store, t) == first
     assert len(store.measurements(faults.DEVICE, t, faults.PROBLEM)) == count
     assert not (tmp_path / "log").exists()  # not one worker was started
+
+
+def test_a_search_that_was_stopped_before_its_race_is_raced_by_the_next_run(store, monkeypatch):
+    t = faults.template(tiles=(16, 256))
+    monkeypatch.setitem(EFFORTS, "tiny", dataclasses.replace(EFFORTS["tiny"], trials=1))
+    assert go(store, t)[0].config == t.default(faults.PROBLEM, faults.DEVICE)
+    monkeypatch.setitem(EFFORTS, "tiny", dataclasses.replace(EFFORTS["tiny"], trials=40))
+
+    def stop(event):
+        if event.kind == "race":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(store, t, on_event=stop)
+    times = {r.config: r.result.median_ms for r in store.measurements(faults.DEVICE, t, faults.PROBLEM)}
+    best = min(times, key=times.__getitem__)
+    (row,) = go(store, t)
+    assert row.config == best != t.default(faults.PROBLEM, faults.DEVICE)
+    count = len(store.measurements(faults.DEVICE, t, faults.PROBLEM))
+    assert go(store, t)[0].config == best
+    assert len(store.measurements(faults.DEVICE, t, faults.PROBLEM)) == count  # raced once
 
 
 def test_a_default_that_failed_before_is_tried_again(store):
