@@ -130,6 +130,7 @@ def test_nan_scores_return():
     "shape, words",
     [
         ((1, 65, 1, 16, 32), "at most 64 heads per KV head"),
+        ((1, 33, 1, 16, 256), "at most 32 heads per KV head at D 256"),
         ((65536, 1, 1, 16, 32), "65535 batches times KV heads"),
         ((1, 1, 1, 2**29 + 1, 32), "length of at most 536870912"),
         ((1, 1, 1, 16, 257), "head size"),
