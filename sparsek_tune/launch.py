@@ -174,7 +174,7 @@ class _Shape(NamedTuple):
     meta: dict[str, Any]
 
 
-def _shape(query: Tensor, key: Tensor, gate: str, window: int, sched: Schedule | None, *others: Tensor) -> _Shape:
+def _shape(query: Tensor, key: Tensor, gate: str, *others: Tensor) -> _Shape:
     b, hq, n, d = query.shape
     g = hq // key.shape[1]
     meta = {
@@ -213,7 +213,7 @@ def forward(
     query, key, value = map(_dense_rows, (query, key, value))
     out = query.new_empty(query.shape)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    s = _shape(query, key, gate, window, sched, value, out)
+    s = _shape(query, key, gate, value, out)
     lists, segments, cap, segment = _list_args(sched, selection.expiry)
     bq = config["BM"] // s.meta["HEADS"]
     _run(
@@ -235,7 +235,7 @@ def dq(
     grad = query.new_empty(query.shape)
     delta = torch.empty_like(lse)
     gbar = scores.new_empty(scores.shape)
-    s = _shape(query, key, gate, window, sched, value, out, dout)
+    s = _shape(query, key, gate, value, out, dout)
     lists, segments, cap, segment = _list_args(sched, selection.expiry)
     bq = config["BM"] // s.meta["HEADS"]
     _run(
@@ -256,7 +256,7 @@ def dkv(
     dout, query, key, value = map(_dense_rows, (dout, query, key, value))
     dk, dv = key.new_empty(key.shape), value.new_empty(value.shape)
     du = scores.new_empty(scores.shape)
-    s = _shape(query, key, gate, window, sched, value, dout)
+    s = _shape(query, key, gate, value, dout)
     lists, segments, cap, segment = _list_args(sched, selection.expiry)
     d, tile = s.meta["D"], _tile(config)
     strides = (*dout.stride()[:3], *query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
