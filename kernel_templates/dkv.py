@@ -14,27 +14,47 @@ import triton.language as tl
 
 from .base import DTYPE_BYTES, Choice, Config, Cost, Param, Pow2, Template, next_pow2
 from .forward import pairs
-from .tiles import GATE_KV, GATE_NONE, LOG2E, default_tile, gate, load_rows, mma_cost, store_rows, tile_error
+from .tiles import (
+    GATE_KV,
+    GATE_NONE,
+    LOG2E,
+    default_tile,
+    gated_grads,
+    load_rows,
+    mma_cost,
+    sees,
+    selected_gate,
+    store_rows,
+    tile_error,
+)
 from .tiles import __file__ as tiles_file
+
+CHUNK = 1024  # of the prefix sums of gbar
+
+
+PLAIN = tl.constexpr(0)  # every key of the tile is seen by every query, with a gate of 1
+GATED = tl.constexpr(1)  # seen by every query
+MASKED = tl.constexpr(2)
 
 
 @triton.jit
-def _key_tile(
-    k, v, j, u, born, until, sat_end, begin, end, q_ptr, do_ptr, lse_ptr, delta_ptr, tau_ptr, sq_n, sq_h, sdo_n, sdo_h,
-    N, scale, G: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, GATE: tl.constexpr,
-    WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+def _query_tiles(
+    dk, dv, du, k, v, u, born, lasting, sat_end, begin, end, begin2, end2, q_ptr, do_ptr, lse_ptr, delta_ptr, tau_ptr,
+    sq_n, sq_h, sdo_n, sdo_h, N, scale, KIND: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr, GATE: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """dk / scale, dv and the direct part of du of BN keys over queries [begin, end), where born <= i < until."""
+    """Add what queries [begin, end) and [begin2, end2) give to dk / scale, dv and the direct part of du."""
     BQ: tl.constexpr = BM // HEADS
     m = tl.arange(0, BM)
     h = m % HEADS
-    dk = tl.zeros([BN, BD], tl.float32)
-    dv = tl.zeros([BN, BD], tl.float32)
-    du = tl.zeros([BN], tl.float32)
     log_scale = scale * LOG2E
-    for first in range(begin, end, BQ):
+    before = tl.cdiv(end - begin, BQ)
+    for step in range(0, before + tl.cdiv(end2 - begin2, BQ)):
+        first = tl.where(step < before, begin + step * BQ, begin2 + (step - before) * BQ)
         i = first + m // HEADS
-        ok = (i < end) & (h < G)
+        ok = h < G
+        if KIND == MASKED:
+            ok = (i < tl.where(step < before, end, end2)) & ok
         token = i
         sub = h
         if WIDE:
@@ -42,36 +62,70 @@ def _key_tile(
             sub = h.to(tl.int64)
         q = load_rows(q_ptr, token * sq_n + sub * sq_h, 1, ok, D, BD, WIDE)
         do = load_rows(do_ptr, token * sdo_n + sub * sdo_h, 1, ok, D, BD, WIDE)
+        # Rows that read no query have do = 0 and delta = 0; those of no head add zeros, those past the end are masked.
         lse = tl.load(lse_ptr + h * N + i, mask=ok, other=0.0) * LOG2E
-        delta = tl.load(delta_ptr + h * N + i, mask=ok, other=0.0)
-        counted = (i[None, :] >= born[:, None]) & (i[None, :] < until[:, None]) & ok[None, :]
+        delta = tl.load(delta_ptr + h * N + i, mask=ok, other=0.0)[None, :]
         s = tl.dot(k, tl.trans(q), input_precision="ieee")
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         logit = s * log_scale
-        if GATE != GATE_NONE:
+        if KIND != PLAIN and GATE != GATE_NONE:
             tau = tl.load(tau_ptr + i, mask=ok, other=0.0)
-            g = gate(u[:, None], tau[None, :])
-        if GATE == GATE_KV:
-            logit = logit * g
-        a = tl.where(counted, tl.exp2(logit - lse[None, :]), 0.0)
-        if GATE == GATE_NONE:
+            g = selected_gate(u[:, None], tau[None, :])
+            if KIND == MASKED:
+                g = tl.maximum(g, 0.0)
+            if GATE == GATE_KV:
+                logit = logit * g
+        a = tl.exp2(logit - lse[None, :])
+        if KIND == MASKED:
+            a = tl.where(sees(i[None, :], born[:, None], lasting[:, None]) & ok[None, :], a, 0.0)
+        if KIND == PLAIN or GATE == GATE_NONE:
             dv = tl.dot(a.to(do.dtype), do, dv, input_precision="ieee")
-            ds = a * (dp - delta[None, :])
+            ds = a * (dp - delta)
         else:
             dv = tl.dot((a * g).to(do.dtype), do, dv, input_precision="ieee")
-            ds = a * (g * dp - delta[None, :])
-            dm = a * dp
-            if GATE == GATE_KV:
-                dm += ds * s * scale
-                ds = ds * g
+            ds, dm = gated_grads(a, g, s, dp, delta, scale, GATE)
             du += tl.sum(tl.where(i[None, :] >= sat_end[:, None], dm, 0.0), 1)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv, du
 
 
+@triton.jit
+def _key_tile(
+    k, v, u, born, until, sat_end, begin, end, q_ptr, do_ptr, lse_ptr, delta_ptr, tau_ptr, sq_n, sq_h, sdo_n, sdo_h,
+    N, scale, G: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, GATE: tl.constexpr,
+    WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """dk / scale, dv and the direct part of du of BN keys over queries [begin, end), where born <= i < until."""
+    BQ: tl.constexpr = BM // HEADS
+    dk = tl.zeros([BN, BD], tl.float32)
+    dv = tl.zeros([BN, BD], tl.float32)
+    du = tl.zeros([BN], tl.float32)
+    # Whole tiles of queries that see every key: saturated in [clear, gated), gated in [gated, masked).
+    clear = tl.minimum(begin + tl.cdiv(tl.maximum(tl.max(born, 0) - begin, 0), BQ) * BQ, end)
+    masked = clear + tl.maximum(tl.minimum(tl.min(until, 0), end) - clear, 0) // BQ * BQ
+    gated = masked
+    if GATE != GATE_NONE:
+        gated = tl.minimum(clear + tl.maximum(tl.min(sat_end, 0) - clear, 0) // BQ * BQ, masked)
+    lasting = until - born
+    dk, dv, du = _query_tiles(
+        dk, dv, du, k, v, u, born, lasting, sat_end, clear, gated, 0, 0, q_ptr, do_ptr, lse_ptr, delta_ptr, tau_ptr,
+        sq_n, sq_h, sdo_n, sdo_h, N, scale, PLAIN, G, HEADS, D, BD, GATE, WIDE, BM,
+    )  # fmt: skip
+    if GATE != GATE_NONE:
+        dk, dv, du = _query_tiles(
+            dk, dv, du, k, v, u, born, lasting, sat_end, gated, masked, 0, 0, q_ptr, do_ptr, lse_ptr, delta_ptr,
+            tau_ptr, sq_n, sq_h, sdo_n, sdo_h, N, scale, GATED, G, HEADS, D, BD, GATE, WIDE, BM,
+        )  # fmt: skip
+    dk, dv, du = _query_tiles(
+        dk, dv, du, k, v, u, born, lasting, sat_end, begin, clear, masked, end, q_ptr, do_ptr, lse_ptr, delta_ptr,
+        tau_ptr, sq_n, sq_h, sdo_n, sdo_h, N, scale, MASKED, G, HEADS, D, BD, GATE, WIDE, BM,
+    )  # fmt: skip
+    return dk, dv, du
+
+
 @triton.jit(do_not_specialize=["N", "window", "segments", "KV_HEADS"])
 def dkv_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, u_ptr, lse_ptr, delta_ptr, tau_ptr, expiry_ptr, sat_end_ptr, list_ptr, bounds_ptr,
+    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, tau_ptr, list_ptr, u_ptr, expiry_ptr, sat_end_ptr, bounds_ptr,
     dk_ptr, dv_ptr, du_ptr, sdo_b, sdo_h, sdo_n, sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n,
     N, window, scale, segments, CAP, KV_HEADS, G: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     GATE: tl.constexpr, WIDE: tl.constexpr, SEGMENT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -87,18 +141,20 @@ def dkv_kernel(
         batch = row // KV_HEADS
         head = row % KV_HEADS
         every = entry < length
-        j = tl.load(list_ptr + slot * CAP + entry, mask=every, other=0)
-        k = load_rows(k_ptr + batch * sk_b + head * sk_h, j, sk_n, every, D, BD, WIDE)
-        v = load_rows(v_ptr + batch * sv_b + head * sv_h, j, sv_n, every, D, BD, WIDE)
-        u = tl.load(u_ptr + row * N + j, mask=every, other=0.0)
-        until = tl.load(expiry_ptr + row * N + j, mask=every, other=0)
-        sat_end = tl.load(sat_end_ptr + row * N + j, mask=every, other=0)
-        born = tl.where(every, j + window, N)
+        # Past the end the last entry again, so that a tile's bounds stay those of its keys; it is not stored twice.
+        source = slot * CAP + tl.minimum(entry, length - 1)
+        j = tl.load(list_ptr + source)
+        k = load_rows(k_ptr + batch * sk_b + head * sk_h, j, sk_n, entry >= 0, D, BD, WIDE)
+        v = load_rows(v_ptr + batch * sv_b + head * sv_h, j, sv_n, entry >= 0, D, BD, WIDE)
+        u = tl.load(u_ptr + source)
+        until = tl.load(expiry_ptr + source)
+        sat_end = tl.load(sat_end_ptr + source)
+        born = j + window
         begin = segment * SEGMENT
         end = tl.minimum(tl.minimum(begin + SEGMENT, N), tl.max(until, 0))
         begin += tl.maximum(tl.min(born, 0) - begin, 0) // BQ * BQ
         dk, dv, du = _key_tile(
-            k, v, j, u, born, until, sat_end, begin, end, q_ptr + batch * sq_b + head * G * sq_h,
+            k, v, u, born, until, sat_end, begin, end, q_ptr + batch * sq_b + head * G * sq_h,
             do_ptr + batch * sdo_b + head * G * sdo_h, lse_ptr + row * G * N, delta_ptr + row * G * N,
             tau_ptr + row * N, sq_n, sq_h, sdo_n, sdo_h, N, scale, G, HEADS, D, BD, GATE, WIDE, BM, BN,
         )  # fmt: skip
@@ -121,30 +177,47 @@ def band_kernel(
     batch = row // KV_HEADS
     head = row % KV_HEADS
     begin = tl.program_id(0) * BN
-    j = begin + tl.arange(0, BN)
-    every = j < N
-    k = load_rows(k_ptr + batch * sk_b + head * sk_h, j, sk_n, every, D, BD, WIDE)
-    v = load_rows(v_ptr + batch * sv_b + head * sv_h, j, sv_n, every, D, BD, WIDE)
+    at = begin + tl.arange(0, BN)
+    every = at < N
+    j = tl.minimum(at, N - 1)
+    k = load_rows(k_ptr + batch * sk_b + head * sk_h, j, sk_n, at >= 0, D, BD, WIDE)
+    v = load_rows(v_ptr + batch * sv_b + head * sv_h, j, sv_n, at >= 0, D, BD, WIDE)
     dk, dv, _ = _key_tile(
-        k, v, j, j, j, j + window, j, begin, tl.minimum(N, begin + BN - 1 + window),
+        k, v, j, j, j + window, j, begin, tl.minimum(N, begin + BN - 1 + window),
         q_ptr + batch * sq_b + head * G * sq_h, do_ptr + batch * sdo_b + head * G * sdo_h, lse_ptr + row * G * N,
         delta_ptr + row * G * N, lse_ptr, sq_n, sq_h, sdo_n, sdo_h, N, scale, G, HEADS, D, BD, GATE_NONE, WIDE, BM, BN,
     )  # fmt: skip
-    store_rows(dk_ptr, row * N + j, D, every, dk * scale, D, BD, True)
-    store_rows(dv_ptr, row * N + j, D, every, dv, D, BD, True)
+    store_rows(dk_ptr, row * N + at, D, every, dk * scale, D, BD, True)
+    store_rows(dv_ptr, row * N + at, D, every, dv, D, BD, True)
 
 
-@triton.jit(do_not_specialize=["N"])
-def prefix_kernel(x_ptr, sum_ptr, N, BLOCK: tl.constexpr):
-    """Exclusive prefix sums of each row of x [rows, N], in float64: sum [rows, N + 1]."""
-    row = tl.program_id(0).to(tl.int64)
+@triton.jit(do_not_specialize=["N", "chunks"])
+def prefix_kernel(x_ptr, sum_ptr, offset_ptr, N, chunks, BLOCK: tl.constexpr):
+    """Exclusive prefix sums within each chunk of BLOCK of every row of x [rows, N], in float64: sum [rows, N + 1], and
+    the chunks' sums: offset [rows, chunks]."""
+    row = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * N + at, mask=at < N, other=0.0).to(tl.float64)
+    tl.store(sum_ptr + row * (N + 1) + at, tl.cumsum(x, 0) - x, mask=at <= N)
+    tl.store(offset_ptr + row * chunks + tl.program_id(0), tl.sum(x, 0))
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def offsets_kernel(offset_ptr, chunks, BLOCK: tl.constexpr):
+    """Exclusive prefix sums of each row of offset [rows, chunks], in place."""
+    offset_ptr += tl.program_id(0).to(tl.int64) * chunks
     carry = tl.full([], 0.0, tl.float64)
-    tl.store(sum_ptr + row * (N + 1), carry)
-    for i in range(0, N, BLOCK):
+    for i in range(0, chunks, BLOCK):
         at = i + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + row * N + at, mask=at < N, other=0.0).to(tl.float64)
-        tl.store(sum_ptr + row * (N + 1) + 1 + at, carry + tl.cumsum(x, 0), mask=at < N)
+        x = tl.load(offset_ptr + at, mask=at < chunks, other=0.0)
+        tl.store(offset_ptr + at, carry + tl.cumsum(x, 0) - x, mask=at < chunks)
         carry += tl.sum(x, 0)
+
+
+@triton.jit
+def _prefix(sum_ptr, offset_ptr, at, mask, BLOCK: tl.constexpr):
+    local = tl.load(sum_ptr + at, mask=mask, other=0.0)
+    return local + tl.load(offset_ptr + at // BLOCK, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -159,13 +232,14 @@ def _find(list_ptr, lo, hi, j, todo, STEPS: tl.constexpr):
     return lo
 
 
-@triton.jit(do_not_specialize=["N", "M", "window", "segments", "KV_HEADS"])
+@triton.jit(do_not_specialize=["N", "M", "window", "segments", "chunks", "KV_HEADS"])
 def reduce_kernel(
-    dk_part_ptr, dv_part_ptr, du_part_ptr, dk_band_ptr, dv_band_ptr, prefix_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr,
-    list_ptr, bounds_ptr, start_ptr, stop_ptr, dk_ptr, dv_ptr, du_ptr, sdk_b, sdk_h, sdk_n, sdv_b, sdv_h, sdv_n,
-    N, M, window, segments, CAP, KV_HEADS, D: tl.constexpr, BD: tl.constexpr, GATE: tl.constexpr,
-    SELECTED: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
+    dk_part_ptr, dv_part_ptr, du_part_ptr, dk_band_ptr, dv_band_ptr, prefix_ptr, offset_ptr, expiry_ptr, sat_end_ptr,
+    sup_end_ptr, list_ptr, bounds_ptr, start_ptr, stop_ptr, dk_ptr, dv_ptr, du_ptr,
+    sdk_b, sdk_h, sdk_n, sdv_b, sdv_h, sdv_n,
+    N, M, window, segments, chunks, CAP, KV_HEADS, D: tl.constexpr, BD: tl.constexpr, GATE: tl.constexpr,
+    SELECTED: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr, SEGMENT: tl.constexpr, PREFIX: tl.constexpr,
+    BLOCK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64)
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -209,8 +283,9 @@ def reduce_kernel(
             sup_end = tl.load(sup_end_ptr + row * N + j, mask=inside, other=0)
             spread = inside & (j < M) & (sup_end > sat_end)
             prefix_ptr += row * (N + 1)
-            taken = tl.load(prefix_ptr + sup_end, mask=spread, other=0.0)
-            taken -= tl.load(prefix_ptr + sat_end, mask=spread, other=0.0)
+            offset_ptr += row * chunks
+            taken = _prefix(prefix_ptr, offset_ptr, sup_end, spread, PREFIX)
+            taken -= _prefix(prefix_ptr, offset_ptr, sat_end, spread, PREFIX)
             du = (du.to(tl.float64) - taken).to(tl.float32)
     batch = row // KV_HEADS
     head = row % KV_HEADS

@@ -1,6 +1,6 @@
 """Backward with respect to the query, and the mean score gradient gbar of every query.
 
-The same tiles and the same list as the forward pass. With a the softmax weight of an ungated key, do . v the product
+The same tiles, list and three loops as the forward pass. With a the softmax weight of an ungated key, do . v the product
 with the output gradient and delta = do . o (research summary in ARCHITECTURE.md, "Gradients"):
 gate kv: ds = a (m do.v - delta), g = a do.v + scale ds q.k, dq += scale m ds k; gate v: without the m and the second
 term. gbar_i = (sum over heads and keys of I_i that are selected of g_ij) / |I_i|.
@@ -18,21 +18,27 @@ from .tiles import (
     GATE_NONE,
     LOG2E,
     default_tile,
-    gate,
-    list_range,
+    gated_grads,
+    list_runs,
     load_rows,
-    masked_run,
+    masked_columns,
+    masked_entries,
+    masked_keys,
     mma_cost,
+    plain_keys,
+    sees,
+    selected_gate,
     store_rows,
     tile_error,
+    window_runs,
 )
 from .tiles import __file__ as tiles_file
 
 
 @triton.jit(do_not_specialize=["N", "window", "segments", "KV_HEADS"])
 def dq_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, u_ptr, o_ptr, lse_ptr, tau_ptr, expiry_ptr, sat_end_ptr, interior_ptr, list_ptr,
-    bounds_ptr, start_ptr, stop_ptr, dq_ptr, delta_ptr, gbar_ptr,
+    do_ptr, q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, tau_ptr, interior_ptr, list_ptr, list_u_ptr, list_expiry_ptr,
+    list_sat_end_ptr, bounds_ptr, start_ptr, stop_ptr, dq_ptr, delta_ptr, gbar_ptr,
     sdo_b, sdo_h, sdo_n, sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n, so_b, so_h, so_n, sdq_b, sdq_h, sdq_n,
     N, window, scale, segments, CAP, KV_HEADS, G: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     GATE: tl.constexpr, SELECTED: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr, SEGMENT: tl.constexpr,
@@ -55,9 +61,6 @@ def dq_kernel(
         sub = h.to(tl.int64)
     k_ptr += batch * sk_b + head * sk_h
     v_ptr += batch * sv_b + head * sv_h
-    u_ptr += row * N
-    expiry_ptr += row * N
-    sat_end_ptr += row * N
     q = load_rows(q_ptr + batch * sq_b + head * G * sq_h, token * sq_n + sub * sq_h, 1, ok, D, BD, WIDE)
     do = load_rows(do_ptr + batch * sdo_b + head * G * sdo_h, token * sdo_n + sub * sdo_h, 1, ok, D, BD, WIDE)
     o = load_rows(o_ptr + batch * so_b + head * G * so_h, token * so_n + sub * so_h, 1, ok, D, BD, WIDE)
@@ -68,67 +71,80 @@ def dq_kernel(
     g_sum = tl.zeros([BM], tl.float32)
     log_scale = scale * LOG2E
     n = tl.arange(0, BN)
-
+    tau = tl.load(tau_ptr + row * N + i, mask=i < N, other=float("-inf"))
+    lo, clear, plain, end, hi = first, first, first, first, first
     if SELECTED:
         slot = row * segments + first // SEGMENT
         list_ptr += slot * CAP
-        lo, free, free_end, hi = list_range(bounds_ptr, start_ptr + row * N, stop_ptr + row * N, slot, first, last, BN)
-        j = tl.load(list_ptr + free + n, mask=free + n < free_end, other=0)
-        for at in range(free, free_end, BN):
-            ahead = at + BN + n
-            next_j = tl.load(list_ptr + ahead, mask=ahead < free_end, other=0)
-            every = n < BN
-            k = load_rows(k_ptr, j, sk_n, every, D, BD, WIDE)
-            v = load_rows(v_ptr, j, sv_n, every, D, BD, WIDE)
-            a = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * log_scale - lse[:, None])
-            ds = a * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
-            acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
-            j = next_j
+        list_u_ptr += slot * CAP
+        list_expiry_ptr += slot * CAP
+        list_sat_end_ptr += slot * CAP
+        lo, clear, plain, end, hi = list_runs(
+            bounds_ptr, start_ptr + row * N, stop_ptr + row * N, slot, first, last, BN, GATE != GATE_NONE
+        )
+    window_lo, window_clear, window_end = last + 1, last + 1, last + 1
+    if WINDOW:
+        window_lo, window_clear, window_end = window_runs(first, last, window, BN)
 
-        tau = tl.load(tau_ptr + row * N + i, mask=i < N, other=0.0)
-        steps = tl.cdiv(free - lo, BN) + tl.cdiv(hi - free_end, BN)
-        at, end = masked_run(0, lo, free, free_end, hi, BN)
-        j = tl.load(list_ptr + at + n, mask=at + n < end, other=N)
-        for step in range(0, steps):
-            at, end = masked_run(step + 1, lo, free, free_end, hi, BN)
-            next_j = tl.load(list_ptr + at + n, mask=(at + n < end) & (step + 1 < steps), other=N)
-            every = j < N
-            k = load_rows(k_ptr, j, sk_n, every, D, BD, WIDE)
-            v = load_rows(v_ptr, j, sv_n, every, D, BD, WIDE)
-            u = tl.load(u_ptr + j, mask=every, other=0.0)
-            expiry = tl.load(expiry_ptr + j, mask=every, other=0)
-            g = gate(u[None, :], tau[:, None])
+    listed = (end - plain) // BN
+    j = plain_keys(list_ptr, 0, plain, listed, window_clear, SELECTED, WINDOW, BN)
+    for step in range(0, listed + (window_end - window_clear) // BN if WINDOW else listed):
+        next_j = plain_keys(list_ptr, step + 1, plain, listed, window_clear, SELECTED, WINDOW, BN)
+        k = load_rows(k_ptr, j, sk_n, n < BN, D, BD, WIDE)
+        v = load_rows(v_ptr, j, sv_n, n < BN, D, BD, WIDE)
+        a = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * log_scale - lse[:, None])
+        ds = a * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
+        j = next_j
+
+    if SELECTED and GATE != GATE_NONE:
+        gated = (plain - clear) // BN
+        j = plain_keys(list_ptr, 0, clear, gated, 0, True, False, BN)
+        for step in range(0, gated):
+            next_j = plain_keys(list_ptr, step + 1, clear, gated, 0, True, False, BN)
+            k = load_rows(k_ptr, j, sk_n, n < BN, D, BD, WIDE)
+            v = load_rows(v_ptr, j, sv_n, n < BN, D, BD, WIDE)
+            u = tl.load(list_u_ptr + clear + step * BN + n)
+            sat_end = tl.load(list_sat_end_ptr + clear + step * BN + n)
+            g = selected_gate(u[None, :], tau[:, None])
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
             dp = tl.dot(do, tl.trans(v), input_precision="ieee")
             logit = s * log_scale
             if GATE == GATE_KV:
                 logit = logit * g
-            selected = (i[:, None] < expiry[None, :]) & (i[:, None] >= (j + window)[None, :])
-            a = tl.where(selected, tl.exp2(logit - lse[:, None]), 0.0)
-            if GATE == GATE_NONE:
-                ds = a * (dp - delta[:, None])
-            else:
-                ds = a * (g * dp - delta[:, None])
-                dm = a * dp
-                if GATE == GATE_KV:
-                    dm += ds * s * scale
-                    ds = ds * g
-                sat_end = tl.load(sat_end_ptr + j, mask=every, other=0)
-                g_sum += tl.sum(tl.where(i[:, None] >= sat_end[None, :], dm, 0.0), 1)
+            ds, dm = gated_grads(tl.exp2(logit - lse[:, None]), g, s, dp, delta[:, None], scale, GATE)
+            g_sum += tl.sum(tl.where(i[:, None] >= sat_end[None, :], dm, 0.0), 1)
             acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
             j = next_j
 
-    if WINDOW:
-        for at in range(tl.maximum(first - window + 1, 0), last + 1, BN):
-            j = at + n
-            every = j <= last
-            k = load_rows(k_ptr, j, sk_n, every, D, BD, WIDE)
-            v = load_rows(v_ptr, j, sv_n, every, D, BD, WIDE)
-            logit = tl.dot(q, tl.trans(k), input_precision="ieee") * log_scale
-            inside = (j[None, :] <= i[:, None]) & (j[None, :] > (i - window)[:, None])
-            a = tl.where(inside, tl.exp2(logit - lse[:, None]), 0.0)
-            ds = a * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
-            acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
+    steps = tl.cdiv(clear - lo + hi - end + window_clear - window_lo + last + 1 - window_end, BN)
+    j = masked_keys(list_ptr, 0, lo, clear, end, hi, window_lo, window_clear, window_end, last, BN)
+    for step in range(0, steps):
+        next_j = masked_keys(list_ptr, step + 1, lo, clear, end, hi, window_lo, window_clear, window_end, last, BN)
+        u, born, lasting = masked_columns(
+            list_ptr, list_u_ptr, list_expiry_ptr, step, lo, clear, end, hi, window_lo, window_clear, window_end, last,
+            window, BN,
+        )  # fmt: skip
+        k = load_rows(k_ptr, j, sk_n, n < BN, D, BD, WIDE)
+        v = load_rows(v_ptr, j, sv_n, n < BN, D, BD, WIDE)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        g = tl.maximum(selected_gate(u[None, :], tau[:, None]), 0.0)
+        logit = s * log_scale
+        if GATE == GATE_KV:
+            logit = logit * g
+        a = tl.where(sees(i[:, None], born[None, :], lasting[None, :]), tl.exp2(logit - lse[:, None]), 0.0)
+        if GATE == GATE_NONE:
+            ds = a * (dp - delta[:, None])
+        else:
+            entry, _, of_list, _ = masked_entries(
+                step, lo, clear, end, hi, window_lo, window_clear, window_end, last, BN
+            )  # fmt: skip
+            sat_end = tl.load(list_sat_end_ptr + entry, mask=of_list, other=1 << 30)
+            ds, dm = gated_grads(a, g, s, dp, delta[:, None], scale, GATE)
+            g_sum += tl.sum(tl.where(i[:, None] >= sat_end[None, :], dm, 0.0), 1)
+        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
+        j = next_j
 
     dq_ptr += batch * sdq_b + head * G * sdq_h
     store_rows(dq_ptr, token * sdq_n + sub * sdq_h, 1, ok, acc * scale, D, BD, WIDE)

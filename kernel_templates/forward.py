@@ -1,7 +1,8 @@
 """Forward: one softmax over the window and the selected keys, gates on the fly.
 
-Per tile of queries: saturated keys (no mask, no gate), the other selected keys (mask and gate), the window (contiguous,
-causal, no gate). Online softmax in base 2 (Milakov and Gimelshein 2018; FlashAttention-2).
+Per tile of queries three loops, from the cheapest: keys that every query sees ungated (saturated ones of the list, the
+inside of the window); keys of the list that every query selects, gated; the rest, gated and masked by the interval of
+queries that see the key. Online softmax in base 2 (Milakov and Gimelshein 2018; FlashAttention-2).
 """
 
 from __future__ import annotations
@@ -15,38 +16,80 @@ from .tiles import (
     GATE_NONE,
     LOG2E,
     default_tile,
-    gate,
-    list_range,
+    list_runs,
     load_rows,
-    masked_run,
+    masked_columns,
+    masked_keys,
     mma_cost,
+    plain_keys,
+    sees,
+    selected_gate,
     store_rows,
     tile_error,
+    window_runs,
 )
 from .tiles import __file__ as tiles_file
 
 
+SMALL = tl.constexpr(2.0**-32)  # a softmax sum outside of these may have lost something: it is done again
+LARGE = tl.constexpr(2.0**32)
+
+
 @triton.jit
-def _accumulate(acc, peak, norm, s, m, v, GATED: tl.constexpr):
-    """One step of the online softmax: logits s (base 2), value gates m."""
-    new_peak = tl.maximum(peak, tl.max(s, 1))
-    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    p = tl.exp2(s - base[:, None])
-    shrink = tl.exp2(peak - base)
-    norm = norm * shrink + tl.sum(p, 1)
+def _accumulate(acc, peak, norm, x, g, v, GATED: tl.constexpr, ONLINE: tl.constexpr):
+    """Add exp2(x - peak) of the logits x (base 2), gated by g, to the sums; ONLINE raises peak to the largest."""
+    if ONLINE:
+        new_peak = tl.maximum(peak, tl.max(x, 1))
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        shrink = tl.exp2(peak - base)
+        acc = acc * shrink[:, None]
+        norm = norm * shrink
+        peak = new_peak
+    else:
+        base = peak
+    p = tl.exp2(x - base[:, None])
+    norm += tl.sum(p, 1)
     if GATED:
-        p = p * m
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-    return acc, new_peak, norm
+        p = p * g
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    return acc, peak, norm
+
+
+@triton.jit
+def _masked(
+    acc, peak, norm, q, i, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr, lo, clear, end, hi,
+    window_lo, window_clear, window_end, last, window, log_scale, D: tl.constexpr, BD: tl.constexpr,
+    GATE: tl.constexpr, WIDE: tl.constexpr, BN: tl.constexpr, ONLINE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Add the masked runs to the sums: entries [lo, clear) and [end, hi), window keys below clear and from end on."""
+    n = tl.arange(0, BN)
+    steps = tl.cdiv(clear - lo + hi - end + window_clear - window_lo + last + 1 - window_end, BN)
+    j = masked_keys(list_ptr, 0, lo, clear, end, hi, window_lo, window_clear, window_end, last, BN)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        next_j = masked_keys(list_ptr, step + 1, lo, clear, end, hi, window_lo, window_clear, window_end, last, BN)
+        u, born, lasting = masked_columns(
+            list_ptr, list_u_ptr, list_expiry_ptr, step, lo, clear, end, hi, window_lo, window_clear, window_end, last,
+            window, BN,
+        )  # fmt: skip
+        k = load_rows(k_ptr, j, sk_n, n < BN, D, BD, WIDE)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        g = tl.maximum(selected_gate(u[None, :], tau[:, None]), 0.0)
+        if GATE == GATE_KV:
+            s = s * g
+        x = tl.where(sees(i[:, None], born[None, :], lasting[None, :]), s * log_scale, float("-inf"))
+        v = load_rows(v_ptr, j, sv_n, n < BN, D, BD, WIDE)
+        acc, peak, norm = _accumulate(acc, peak, norm, x, g, v, GATE != GATE_NONE, ONLINE)
+        j = next_j
+    return acc, peak, norm
 
 
 @triton.jit(do_not_specialize=["N", "window", "segments", "KV_HEADS"])
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, u_ptr, tau_ptr, expiry_ptr, list_ptr, bounds_ptr, start_ptr, stop_ptr, o_ptr, lse_ptr,
-    sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n, so_b, so_h, so_n,
+    q_ptr, k_ptr, v_ptr, tau_ptr, list_ptr, list_u_ptr, list_expiry_ptr, bounds_ptr, start_ptr, stop_ptr, o_ptr,
+    lse_ptr, sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n, so_b, so_h, so_n,
     N, window, scale, segments, CAP, KV_HEADS, G: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     GATE: tl.constexpr, SELECTED: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr, SEGMENT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     BQ: tl.constexpr = BM // HEADS
     row = tl.program_id(1).to(tl.int64)
@@ -61,63 +104,76 @@ def forward_kernel(
     q_ptr += batch * sq_b + head * G * sq_h
     k_ptr += batch * sk_b + head * sk_h
     v_ptr += batch * sv_b + head * sv_h
-    u_ptr += row * N
-    expiry_ptr += row * N
     at_row = i * sq_n + h * sq_h
     if WIDE:
         at_row = i.to(tl.int64) * sq_n + h.to(tl.int64) * sq_h
     q = load_rows(q_ptr, at_row, 1, ok, D, BD, WIDE)
+    tau = tl.load(tau_ptr + row * N + i, mask=i < N, other=float("-inf"))
     acc = tl.zeros([BM, BD], tl.float32)
-    peak = tl.full([BM], float("-inf"), tl.float32)
     norm = tl.zeros([BM], tl.float32)
     log_scale = scale * LOG2E
     n = tl.arange(0, BN)
+    ONLINE: tl.constexpr = q.dtype == tl.float16
 
+    lo, clear, plain, end, hi = first, first, first, first, first
     if SELECTED:
         slot = row * segments + first // SEGMENT
         list_ptr += slot * CAP
-        lo, free, free_end, hi = list_range(bounds_ptr, start_ptr + row * N, stop_ptr + row * N, slot, first, last, BN)
-        # The next block's indices are loaded one step early, so that the gathers below do not wait for them.
-        j = tl.load(list_ptr + free + n, mask=free + n < free_end, other=0)
-        for at in range(free, free_end, BN):
-            ahead = at + BN + n
-            next_j = tl.load(list_ptr + ahead, mask=ahead < free_end, other=0)
-            every = n < BN
-            k = load_rows(k_ptr, j, sk_n, every, D, BD, WIDE)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * log_scale
-            v = load_rows(v_ptr, j, sv_n, every, D, BD, WIDE)
-            acc, peak, norm = _accumulate(acc, peak, norm, s, s, v, False)
-            j = next_j
+        list_u_ptr += slot * CAP
+        list_expiry_ptr += slot * CAP
+        lo, clear, plain, end, hi = list_runs(
+            bounds_ptr, start_ptr + row * N, stop_ptr + row * N, slot, first, last, BN, GATE != GATE_NONE
+        )
+    window_lo, window_clear, window_end = last + 1, last + 1, last + 1
+    if WINDOW:
+        window_lo, window_clear, window_end = window_runs(first, last, window, BN)
 
-        tau = tl.load(tau_ptr + row * N + i, mask=i < N, other=0.0)
-        steps = tl.cdiv(free - lo, BN) + tl.cdiv(hi - free_end, BN)
-        at, end = masked_run(0, lo, free, free_end, hi, BN)
-        j = tl.load(list_ptr + at + n, mask=at + n < end, other=N)
-        for step in range(0, steps):
-            at, end = masked_run(step + 1, lo, free, free_end, hi, BN)
-            next_j = tl.load(list_ptr + at + n, mask=(at + n < end) & (step + 1 < steps), other=N)
-            every = j < N
-            k = load_rows(k_ptr, j, sk_n, every, D, BD, WIDE)
-            u = tl.load(u_ptr + j, mask=every, other=0.0)
-            expiry = tl.load(expiry_ptr + j, mask=every, other=0)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * log_scale
-            g = gate(u[None, :], tau[:, None])
+    peak = tl.full([BM], float("-inf"), tl.float32)
+    if not ONLINE:
+        # Softmax does not care what is subtracted, as long as nothing leaves the range of float32 (and bfloat16): the
+        # largest logit of some keys will do, and spares the running maximum.
+        j = masked_keys(list_ptr, 0, lo, hi, hi, hi, window_lo, window_clear, window_clear, last, BN)
+        k = load_rows(k_ptr, j, sk_n, j >= 0, D, BD, WIDE)
+        peak = tl.max(tl.dot(q, tl.trans(k), input_precision="ieee") * log_scale, 1)
+
+    # The next block's indices are loaded one step early, so that the gathers do not wait for them.
+    listed = (end - plain) // BN
+    j = plain_keys(list_ptr, 0, plain, listed, window_clear, SELECTED, WINDOW, BN)
+    for step in range(0, listed + (window_end - window_clear) // BN if WINDOW else listed):
+        next_j = plain_keys(list_ptr, step + 1, plain, listed, window_clear, SELECTED, WINDOW, BN)
+        k = load_rows(k_ptr, j, sk_n, n < BN, D, BD, WIDE)
+        x = tl.dot(q, tl.trans(k), input_precision="ieee") * log_scale
+        v = load_rows(v_ptr, j, sv_n, n < BN, D, BD, WIDE)
+        acc, peak, norm = _accumulate(acc, peak, norm, x, x, v, False, ONLINE)
+        j = next_j
+
+    if SELECTED and GATE != GATE_NONE:
+        gated = (plain - clear) // BN
+        j = plain_keys(list_ptr, 0, clear, gated, 0, True, False, BN)
+        for step in range(0, gated):
+            next_j = plain_keys(list_ptr, step + 1, clear, gated, 0, True, False, BN)
+            k = load_rows(k_ptr, j, sk_n, n < BN, D, BD, WIDE)
+            u = tl.load(list_u_ptr + clear + step * BN + n)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee")
+            g = selected_gate(u[None, :], tau[:, None])
             if GATE == GATE_KV:
                 s = s * g
-            s = tl.where((i[:, None] < expiry[None, :]) & (i[:, None] >= (j + window)[None, :]), s, float("-inf"))
-            v = load_rows(v_ptr, j, sv_n, every, D, BD, WIDE)
-            acc, peak, norm = _accumulate(acc, peak, norm, s, g, v, GATE != GATE_NONE)
+            v = load_rows(v_ptr, j, sv_n, n < BN, D, BD, WIDE)
+            acc, peak, norm = _accumulate(acc, peak, norm, s * log_scale, g, v, True, ONLINE)
             j = next_j
 
-    if WINDOW:
-        for at in range(tl.maximum(first - window + 1, 0), last + 1, BN):
-            j = at + n
-            every = j <= last
-            k = load_rows(k_ptr, j, sk_n, every, D, BD, WIDE)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * log_scale
-            s = tl.where((j[None, :] <= i[:, None]) & (j[None, :] > (i - window)[:, None]), s, float("-inf"))
-            v = load_rows(v_ptr, j, sv_n, every, D, BD, WIDE)
-            acc, peak, norm = _accumulate(acc, peak, norm, s, s, v, False)
+    acc, peak, norm = _masked(
+        acc, peak, norm, q, i, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr, lo, clear, end, hi,
+        window_lo, window_clear, window_end, last, window, log_scale, D, BD, GATE, WIDE, BN, ONLINE, STAGES,
+    )  # fmt: skip
+    if not ONLINE:
+        good = (norm >= SMALL) & (norm <= LARGE)
+        if tl.min((good | (ok == 0)).to(tl.int32), 0) == 0:
+            acc, peak, norm = _masked(
+                tl.zeros([BM, BD], tl.float32), tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32),
+                q, i, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr, lo, hi, hi, hi,
+                window_lo, window_clear, window_clear, last, window, log_scale, D, BD, GATE, WIDE, BN, True, 1,
+            )  # fmt: skip
 
     o = acc / tl.where(norm > 0, norm, 1.0)[:, None]
     at_out = i * so_n + h * so_h

@@ -43,28 +43,107 @@ def store_rows(ptr, index, stride, ok, x, D: tl.constexpr, BD: tl.constexpr, WID
 
 
 @triton.jit
-def gate(u, tau):
-    """clip(u - tau, 0, 1) (paper, section 3); tau = -inf gives 1, also where u is -inf (a key masked by its score)."""
-    return tl.minimum(tl.maximum(tl.maximum(u, -3.0e38) - tau, 0.0), 1.0)
+def selected_gate(u, tau):
+    """The gate clip(u - tau, 0, 1) (paper, section 3) of selected keys: their scores lie above tau, so the lower bound
+    never acts. tau = -inf gives 1, also where u is -inf (a key masked by its score)."""
+    return tl.minimum(tl.maximum(u, -3.0e38) - tau, 1.0)
 
 
 @triton.jit
-def list_range(bounds_ptr, start_ptr, stop_ptr, slot, first, last, BN: tl.constexpr):
-    """What queries [first, last] read of their segment's list, as two masked runs around one that needs no mask:
-    [lo, free) masked, [free, free_end) whole blocks of saturated keys, [free_end, hi) masked."""
+def gated_grads(a, g, s, dp, delta, scale, GATE: tl.constexpr):
+    """dL/ds of the products s = q.k before scaling, and dL/dm, from softmax weights a, gates g and dp = do.v."""
+    ds = a * (g * dp - delta)
+    dm = a * dp
+    if GATE == GATE_KV:
+        dm += ds * s * scale
+        ds = ds * g
+    return ds, dm
+
+
+@triton.jit
+def list_runs(bounds_ptr, start_ptr, stop_ptr, slot, first, last, BN: tl.constexpr, GATED: tl.constexpr):
+    """What queries [first, last] read of their segment's list: [lo, clear) and [end, hi) masked; whole blocks that every
+    query sees in between, [clear, plain) gated, [plain, end) saturated. Without gates the gated run is empty."""
     lo = tl.load(start_ptr + first)
+    alive = tl.load(start_ptr + last)  # from here on nothing is dropped before the last query
     hi = tl.load(stop_ptr + last)
-    free = tl.load(bounds_ptr + slot * 4 + 1)
-    free_end = free + (tl.load(bounds_ptr + slot * 4 + 2) - free) // BN * BN
-    return lo, free, free_end, hi
+    plain = tl.load(bounds_ptr + slot * 4 + 1)
+    end = tl.load(bounds_ptr + slot * 4 + 2)
+    plain = end - (end - plain) // BN * BN
+    clear = plain - (plain - alive) // BN * BN
+    if not GATED:
+        clear = end - (end - alive) // BN * BN
+        plain = clear
+    return lo, clear, plain, end, hi
 
 
 @triton.jit
-def masked_run(step, lo, free, free_end, hi, BN: tl.constexpr):
-    """Begin and end of masked block number ``step``: the blocks of [lo, free), then those of [free_end, hi)."""
-    before = tl.cdiv(free - lo, BN)
-    left = step < before
-    return tl.where(left, lo + step * BN, free_end + (step - before) * BN), tl.where(left, free, hi)
+def window_runs(first, last, window, BN: tl.constexpr):
+    """The window keys of queries [first, last]: [lo, clear) and [end, last + 1) masked, whole blocks that every query
+    sees in between."""
+    end = first + 1
+    clear = end - tl.maximum(end - tl.maximum(last - window + 1, 0), 0) // BN * BN
+    return tl.maximum(first - window + 1, 0), clear, end
+
+
+@triton.jit
+def plain_keys(list_ptr, step, plain, listed, window_clear, SELECTED: tl.constexpr, WINDOW: tl.constexpr,
+               BN: tl.constexpr):  # fmt: skip
+    """Keys of block number ``step`` of those without mask and gate: ``listed`` of the list, then the window's. Any keys
+    past the last block, whose values are not used."""
+    n = tl.arange(0, BN)
+    j = window_clear + (step - listed) * BN + n
+    if SELECTED:
+        chosen = tl.load(list_ptr + plain + step * BN + n, mask=step * 0 + n + step * BN < listed * BN, other=0)
+        j = tl.where(step < listed, chosen, j) if WINDOW else chosen
+    return j
+
+
+@triton.jit
+def masked_entries(step, lo, clear, end, hi, window_lo, window_clear, window_end, last, BN: tl.constexpr):
+    """Block number ``step`` of the masked runs, one after the other: positions in the list, keys of the window, whether
+    they are of the list, and whether they are at all."""
+    e = step * BN + tl.arange(0, BN)
+    below = clear - lo
+    listed = below + hi - end
+    before = window_clear - window_lo
+    entry = tl.where(e < below, lo + e, end + e - below)
+    rest = e - listed
+    key = tl.where(rest < before, window_lo + rest, window_end + rest - before)
+    return entry, key, e < listed, (e < listed) | (key <= last)
+
+
+@triton.jit
+def masked_keys(list_ptr, step, lo, clear, end, hi, window_lo, window_clear, window_end, last, BN: tl.constexpr):
+    """Their keys, 0 where there is none."""
+    entry, key, of_list, inside = masked_entries(
+        step, lo, clear, end, hi, window_lo, window_clear, window_end, last, BN
+    )  # fmt: skip
+    j = tl.load(list_ptr + entry, mask=of_list, other=0)
+    return tl.where(of_list, j, tl.where(inside, key, 0))
+
+
+@triton.jit
+def masked_columns(
+    list_ptr, u_ptr, expiry_ptr, step, lo, clear, end, hi, window_lo, window_clear, window_end, last, window,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """Their scores, infinite for a window key, whose gate is 1; their first queries, and how many queries see them."""
+    entry, key, of_list, inside = masked_entries(
+        step, lo, clear, end, hi, window_lo, window_clear, window_end, last, BN
+    )  # fmt: skip
+    u = tl.load(u_ptr + entry, mask=of_list, other=float("inf"))
+    born = tl.load(list_ptr + entry, mask=of_list, other=0) + window
+    until = tl.load(expiry_ptr + entry, mask=of_list, other=0)
+    born = tl.where(of_list, born, key)
+    lasting = tl.where(of_list, until - born, tl.where(inside, window, 0))
+    return u, born, lasting
+
+
+@triton.jit
+def sees(i, born, lasting):
+    """Whether query i sees a key born at ``born`` that lasts ``lasting`` queries: one unsigned comparison."""
+    return (i - born).to(tl.uint32) < lasting.to(tl.uint32)
 
 
 def tile_smem(problem, rows: int, keys: int, matrices_rows: int, matrices_keys: int, stages: int) -> int:

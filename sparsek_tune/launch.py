@@ -66,10 +66,14 @@ def _run(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
 class Schedule(NamedTuple):
     """Per segment of queries, the keys they read (``kernel_templates.schedule``).
 
-    keys: int32 [rows, segments, cap]; bounds: int32 [rows, segments, 4]; start, stop: int32 [rows, N].
+    keys, and of each its score (float32), expiry and sat_end: int32 [rows, segments, cap]; bounds: int32
+    [rows, segments, 4]; start, stop: int32 [rows, N].
     """
 
     keys: Tensor
+    scores: Tensor
+    expiry: Tensor
+    sat_end: Tensor
     bounds: Tensor
     start: Tensor
     stop: Tensor
@@ -128,7 +132,7 @@ def threshold(scores: Tensor, k: int, window: int, config: Config) -> Selection:
     return Selection(tau, expiry, sat_end, sup_end, interior)
 
 
-def schedule(selection: Selection, k: int, window: int, config: Config) -> Schedule | None:
+def schedule(scores: Tensor, selection: Selection, k: int, window: int, config: Config) -> Schedule | None:
     """The lists of keys per segment; None where no key is a candidate of any query (``window >= N``)."""
     expiry = selection.expiry
     n = expiry.shape[-1]
@@ -151,7 +155,8 @@ def schedule(selection: Selection, k: int, window: int, config: Config) -> Sched
         )  # fmt: skip
         alive, count, parents, parent_size = children, counts, nodes, size
     out = Schedule(
-        expiry.new_empty((rows, parents, cap + segment)),
+        expiry.new_zeros((rows, parents, cap + segment)),
+        *[expiry] * 3,
         expiry.new_empty((rows, parents, 4)),
         expiry.new_empty((rows, n)),
         expiry.new_empty((rows, n)),
@@ -159,10 +164,12 @@ def schedule(selection: Selection, k: int, window: int, config: Config) -> Sched
     )
     _run(
         schedule_t.segments_kernel, (parents, rows),
-        expiry, selection.sat_end, evicted, alive, count, *out[:4], n, m, window, cap, cap + segment, SEGMENT=segment,
+        expiry, selection.sat_end, evicted, alive, count, out.keys, *out[4:7], n, m, window, cap, cap + segment, SEGMENT=segment,
         BLOCK=block, num_warps=warps,
     )  # fmt: skip
-    return out
+    at = out.keys.view(rows, -1).clamp(0, n - 1).long()
+    cols = [t.view(rows, n).gather(1, at).view(out.keys.shape) for t in (scores, expiry, selection.sat_end)]
+    return out._replace(scores=cols[0], expiry=cols[1], sat_end=cols[2])
 
 
 class _Shape(NamedTuple):
@@ -192,8 +199,8 @@ def _span(t: Tensor) -> int:
 def _list_args(sched: Schedule | None, like: Tensor) -> tuple[list[Tensor], int, int, int]:
     """List pointers, number of segments, capacity and segment length; placeholders where there is no list."""
     if sched is None:
-        return [like] * 4, 1, 1, 1 << 30
-    return list(sched[:4]), sched.keys.shape[1], sched.keys.shape[2], sched.segment
+        return [like] * 7, 1, 1, 1 << 30
+    return list(sched[:7]), sched.keys.shape[1], sched.keys.shape[2], sched.segment
 
 
 def _tile(config: Config) -> dict[str, Any]:
@@ -218,10 +225,10 @@ def forward(
     bq = config["BM"] // s.meta["HEADS"]
     _run(
         forward_t.forward_kernel, (_cdiv(s.n, bq), s.rows),
-        query, key, value, scores, selection.tau, selection.expiry, *lists, out, lse,
+        query, key, value, selection.tau, *lists[:3], *lists[4:], out, lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         s.n, window, scale, segments, cap, s.kv_heads, **s.meta, SELECTED=sched is not None, WINDOW=window > 0,
-        SEGMENT=segment, **_tile(config),
+        SEGMENT=segment, STAGES=config["num_stages"], **_tile(config),
     )  # fmt: skip
     return out, lse
 
@@ -240,8 +247,7 @@ def dq(
     bq = config["BM"] // s.meta["HEADS"]
     _run(
         dq_t.dq_kernel, (_cdiv(s.n, bq), s.rows),
-        dout, query, key, value, scores, out, lse, selection.tau, selection.expiry, selection.sat_end,
-        selection.interior, *lists, grad, delta, gbar, *dout.stride()[:3], *query.stride()[:3], *key.stride()[:3],
+        dout, query, key, value, out, lse, selection.tau, selection.interior, *lists, grad, delta, gbar, *dout.stride()[:3], *query.stride()[:3], *key.stride()[:3],
         *value.stride()[:3], *out.stride()[:3], *grad.stride()[:3], s.n, window, scale, segments, cap, s.kv_heads,
         **s.meta, SELECTED=sched is not None, WINDOW=window > 0, SEGMENT=segment, **_tile(config),
     )  # fmt: skip
@@ -260,13 +266,13 @@ def dkv(
     lists, segments, cap, segment = _list_args(sched, selection.expiry)
     d, tile = s.meta["D"], _tile(config)
     strides = (*dout.stride()[:3], *query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
-    parts, band, prefix = (du,) * 3, (du,) * 2, du
+    parts, band, prefix, chunks = (du,) * 3, (du,) * 2, (du,) * 2, _cdiv(s.n + 1, dkv_t.CHUNK)
     if sched is not None:
         entries = (s.rows * segments * cap, d)
         parts = (du.new_empty(entries), du.new_empty(entries), du.new_empty(entries[0]))
         _run(
             dkv_t.dkv_kernel, (_cdiv(cap, config["BN"]), segments, s.rows),
-            dout, query, key, value, scores, lse, delta, selection.tau, selection.expiry, selection.sat_end, *lists[:2],
+            dout, query, key, value, lse, delta, selection.tau, *lists[:5],
             *parts, *strides, s.n, window, scale, segments, cap, s.kv_heads, **s.meta, SEGMENT=segment, **tile,
         )  # fmt: skip
     if window > 0:
@@ -277,15 +283,16 @@ def dkv(
             dout, query, key, value, lse, delta, *band, *strides, s.n, window, scale, s.kv_heads, **meta, **tile,
         )  # fmt: skip
     if sched is not None and gate != "none":
-        prefix = du.new_empty((s.rows, s.n + 1), dtype=torch.float64)
-        _run(dkv_t.prefix_kernel, (s.rows,), gbar, prefix, s.n, BLOCK=1024, num_warps=4)
+        prefix = tuple(du.new_empty((s.rows, size), dtype=torch.float64) for size in (s.n + 1, chunks))
+        _run(dkv_t.prefix_kernel, (chunks, s.rows), gbar, *prefix, s.n, chunks, BLOCK=dkv_t.CHUNK, num_warps=4)
+        _run(dkv_t.offsets_kernel, (s.rows,), prefix[1], chunks, BLOCK=1024, num_warps=4)
     meta = {name: s.meta[name] for name in ("D", "BD", "GATE", "WIDE")}
     _run(
         dkv_t.reduce_kernel, (_cdiv(s.n, config["BLOCK"]), s.rows),
-        *parts, *band, prefix, selection.expiry, selection.sat_end, selection.sup_end, *lists, dk, dv, du,
-        *dk.stride()[:3], *dv.stride()[:3], s.n, s.n - window, window, segments, cap, s.kv_heads, **meta,
-        SELECTED=sched is not None, WINDOW=window > 0, SEGMENT=segment, BLOCK=config["BLOCK"], STEPS=cap.bit_length(),
-        num_warps=config["reduce_warps"],
+        *parts, *band, *prefix, selection.expiry, selection.sat_end, selection.sup_end, lists[0], *lists[4:], dk, dv, du,
+        *dk.stride()[:3], *dv.stride()[:3], s.n, s.n - window, window, segments, chunks, cap, s.kv_heads, **meta,
+        SELECTED=sched is not None, WINDOW=window > 0, SEGMENT=segment, PREFIX=dkv_t.CHUNK, BLOCK=config["BLOCK"],
+        STEPS=cap.bit_length(), num_warps=config["reduce_warps"],
     )  # fmt: skip
     return dk, dv, du
 
@@ -297,7 +304,7 @@ def attention(
     """Output, lse and the five tensors of the selection."""
     scores = scores.contiguous()
     selection = threshold(scores, k, window, configs["threshold"])
-    sched = schedule(selection, k, window, configs["schedule"])
+    sched = schedule(scores, selection, k, window, configs["schedule"])
     out, lse = forward(query, key, value, scores, selection, sched, window, scale, gate, configs["forward"])
     return out, lse, *selection
 
@@ -309,7 +316,7 @@ def attention_backward(
     """Gradients of query, key, value and scores. The schedule is built anew: it is cheaper than saving it, and no saved
     shape depends on a config."""
     scores = scores.contiguous()
-    sched = schedule(selection, k, window, configs["schedule"])
+    sched = schedule(scores, selection, k, window, configs["schedule"])
     args = (window, scale, gate)
     grad, delta, gbar = dq(dout, query, key, value, scores, out, lse, selection, sched, *args, configs["dq"])
     rest = dkv(dout, query, key, value, scores, lse, delta, gbar, selection, sched, *args, configs["dkv"])

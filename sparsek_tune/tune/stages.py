@@ -132,7 +132,7 @@ class Pipeline:
         return self._dkv(self.schedule_, self.dq_results, config)
 
     def _schedule(self, config: Config) -> Any:
-        return launch.schedule(self.selection, self._i.k, self._i.window, config)
+        return launch.schedule(self._i.scores, self.selection, self._i.k, self._i.window, config)
 
     def _forward(self, schedule: Any, config: Config) -> dict[str, Tensor]:
         i = self._i

@@ -232,7 +232,7 @@ def test_threshold(scores, n, k, w, poison):
 def test_schedule_lists_what_each_query_selects(scores, n, k, w, poison):
     launch, (*_, u), configs = stages(Case(n=n, k=k, w=w, scores=scores, hkv=1))
     selection = launch.threshold(u, k, w, configs["threshold"])
-    lists = launch.schedule(selection, k, w, configs["schedule"])
+    lists = launch.schedule(u, selection, k, w, configs["schedule"])
     expiry = selection.expiry.flatten()
     j = torch.arange(n, device="cuda")
     for i in [*range(0, n, 97), n - 1]:
@@ -247,7 +247,7 @@ def test_backward_intermediates(poison):
     case = Case(n=900, k=80, w=30, g=3)
     launch, (q, key, v, u), configs = stages(case)
     selection = launch.threshold(u, case.k, case.w, configs["threshold"])
-    lists = launch.schedule(selection, case.k, case.w, configs["schedule"])
+    lists = launch.schedule(u, selection, case.k, case.w, configs["schedule"])
     out, lse = launch.forward(q, key, v, u, selection, lists, case.w, 0.2, "kv", configs["forward"])
     exact = reference.attention_forward(*(t.double() for t in (q, key, v, u)), case.k, case.w, 0.2, "kv")
     assert relative_error(lse, exact[1]) < 1e-6
