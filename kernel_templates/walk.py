@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-KEYS: tl.constexpr = tl.constexpr(16)  # new keys between two looks at whether any event of a window still waits
+KEYS: tl.constexpr = tl.constexpr(8)  # new keys between two looks at whether any event of a window still waits
 
 
 @triton.jit

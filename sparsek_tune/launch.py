@@ -137,6 +137,7 @@ def threshold(scores: Tensor, k: int, window: int, config: Config) -> Selection:
         table, us, events, codes, order, keys, values, rings, new_t, new_x, change, tau, interior, expiry, sat_end,
         sup_end, blocks, m, n, window, k, LOG=log, BLOCKS=next_pow2(blocks), SPAN=span, EARLIER=earlier, C=chunk,
         WINDOW=config["WINDOW"], SCAN=config["SCAN"], RING=ring, num_warps=config["walk_warps"],
+        maxnreg=128,
     )  # fmt: skip
     return Selection(tau, expiry, sat_end, sup_end, interior)
 
@@ -148,32 +149,30 @@ def schedule(selection: Selection, k: int, window: int, config: Config) -> Sched
     rows, m = expiry.numel() // n, n - window
     if m <= 0:
         return None
-    evicted = torch.full_like(expiry, -1)
-    _run(schedule_t.evicted_kernel, (_cdiv(n, 256), rows), expiry, evicted, n, window, BLOCK=256, num_warps=4)
     segment, block, warps = config["SEGMENT"], config["BLOCK"], config["num_warps"]
-    cap = min(k, m)
-    alive, count, parents, parent_size = expiry, expiry, 1, 0
-    for size in schedule_t.levels(segment, n):
+    cap, segments = min(k, m), _cdiv(n, segment)
+    parent, count, parents, parent_size = expiry, expiry, 1, 0
+    for size in schedule_t.levels(segment, n)[:-1]:
         nodes = _cdiv(n, size)
-        children = expiry.new_empty((rows, nodes, cap))
-        counts = expiry.new_empty((rows, nodes))
+        children, counts = expiry.new_empty(rows * nodes * (cap + 1)).split((rows * nodes * cap, rows * nodes))
         _run(
             schedule_t.alive_kernel, (nodes, rows),
-            expiry, alive, count, children, counts, n, m, window, parents, cap, SIZE=size, PARENT_SIZE=parent_size,
+            expiry, parent, count, children, counts, n, m, window, parents, cap, SIZE=size, PARENT_SIZE=parent_size,
             BLOCK=block, num_warps=warps,
         )  # fmt: skip
-        alive, count, parents, parent_size = children, counts, nodes, size
+        parent, count, parents, parent_size = children, counts, nodes, size
+    alive, evicted = expiry.new_empty(rows * (segments * cap + n)).split((rows * segments * cap, rows * n))
     out = Schedule(
-        expiry.new_empty((rows, parents, cap + segment)),
-        expiry.new_empty((rows, parents, 4)),
+        expiry.new_empty((rows, segments, cap + segment)),
+        expiry.new_empty((rows, segments, 4)),
         expiry.new_empty((rows, n)),
         expiry.new_empty((rows, n)),
         segment,
     )
     _run(
-        schedule_t.segments_kernel, (parents, rows),
-        expiry, selection.sat_end, evicted, alive, count, *out[:4], n, m, window, cap, cap + segment, SEGMENT=segment,
-        BLOCK=block, num_warps=warps,
+        schedule_t.segments_kernel, (segments, rows),
+        expiry, selection.sat_end, parent, count, alive, evicted, *out[:4], n, m, window, parents, cap, cap + segment,
+        SEGMENT=segment, PARENT_SIZE=parent_size, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return out
 
