@@ -97,13 +97,13 @@ def merge_kernel(
     row = tl.program_id(1).to(tl.int64)
     sorted_ptr += row * chunks * SORT
     key = tl.load(sorted_ptr + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))
-    c = tl.arange(0, CHUNKS)[None, :]
-    below = tl.zeros([BLOCK, CHUNKS], tl.int32)
+    c = tl.arange(0, CHUNKS)[:, None]  # keys along the lanes: neighbours probe the same cache lines
+    below = tl.zeros([CHUNKS, BLOCK], tl.int32)
     for bit in tl.static_range(LOG + 1):
         more = below + (SORT >> bit)
         probe = tl.load(sorted_ptr + c * SORT + more - 1, mask=(c < chunks) & (more <= SORT), other=LAST)
-        below = tl.where(probe < key[:, None], more, below)
-    rank = tl.sum(below, 1)
+        below = tl.where(probe < key[None, :], more, below)
+    rank = tl.sum(below, 0)
     score, index = _decode(key)
     live = key < LAST
     tl.store(us_ptr + row * M + rank, score, mask=live)

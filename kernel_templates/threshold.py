@@ -18,6 +18,7 @@ independent of the config. Scores are treated as ``clamp(u, -2^20, 2^20)``; NaN 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -52,10 +53,10 @@ def _add(cell, blocks, block, sign, q, mask):
     tl.atomic_add(cell + blocks + block, sign * q, mask=mask, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["M", "K", "stretches", "blocks"])
+@triton.jit(do_not_specialize=["M", "K", "stretches", "blocks", "fine", "few"])
 def events_kernel(
-    us_ptr, order_ptr, ev_q_ptr, ev_t_ptr, key_q_ptr, key_ptr, table_ptr, M, K, stretches, blocks, LOG: tl.constexpr,
-    SPAN: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    us_ptr, order_ptr, ev_q_ptr, ev_t_ptr, key_q_ptr, key_ptr, table_ptr, M, K, stretches, blocks, fine, few,
+    LOG: tl.constexpr, SPAN: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Merge the sorted scores with themselves minus one.
 
@@ -83,7 +84,9 @@ def events_kernel(
     tl.store(key_ptr + row * 3 * M + t, plus_at, mask=live)
     tl.store(key_ptr + row * 3 * M + M + t, minus_at, mask=live)
     tl.store(key_ptr + row * 3 * M + 2 * M + t, i, mask=live)
-    time = tl.where(t < K, 0, (t - K) // CHUNK + 1)
+    since = t - K - few * fine
+    time = tl.where(since < 0, (t - K) // fine, few + since // CHUNK) + 1
+    time = tl.where(t < K, 0, time)
     cell = table_ptr + (row * (1 + stretches) + time) * 3 * blocks
     sign = tl.full([BLOCK], 1, tl.int64)
     _add(cell, blocks, plus_at // SPAN, sign, q, live)
@@ -111,12 +114,34 @@ FEW = 64  # up to so many stretches running sums are not worth a kernel of their
 MERGED = 32  # more sorted chunks than this cost more than torch.sort
 
 
-def cuts(m: int, k: int, chunk: int) -> tuple[int, int, int, int]:
-    """Keys per stretch, their number, events per block of the table, their number: at most 4096 x 1024 cells."""
+FINE = 128  # keys of the first stretches
+
+
+class Cuts(NamedTuple):
+    """How a row is cut: ``few`` stretches of ``fine`` keys, then such of ``chunk``; blocks of ``span`` events."""
+
+    chunk: int
+    fine: int
+    few: int
+    stretches: int
+    span: int
+    blocks: int
+
+
+def cuts(m: int, k: int, chunk: int) -> Cuts:
+    """At most 4096 + 512 stretches and 1024 blocks.
+
+    Of scores without a trend the t-th is among the best k with a probability of k / t: so stretches that are as long
+    as ``chunk / fine`` times k is far get equally much to do.
+    """
     chunk = max(chunk, next_pow2(-(-(m - k) // 4096)))
+    fine = min(chunk, FINE)
+    while (few := -(-min((chunk // fine - 1) * k, m - k) // fine)) > 512:
+        fine *= 2
+    stretches = few + max(0, -(-(m - k - few * fine) // chunk))
     log = (2 * m - 1).bit_length()
-    span = 1 << max(1, log - min(10, max(0, log - 3) // 2))
-    return chunk, -(-(m - k) // chunk), span, -(-2 * m // span)
+    span = 1 << max(1, log - min(10, max(0, log - 2) // 2))
+    return Cuts(chunk, fine, few, stretches, span, -(-2 * m // span))
 
 
 def ring(config: Config) -> int:
@@ -126,9 +151,9 @@ def ring(config: Config) -> int:
 
 def _default(problem, device):
     n = problem.n
-    sort = 0 if n > 32768 else 2048 if n > 4096 else 1024
-    chunk = 128 if n <= 8192 else 256 if n <= 65536 else 512 if n <= 262144 else 1024
-    return Config(SORT=sort, CHUNK=chunk, WINDOW=512, SCAN=1024, sort_warps=8, walk_warps=4)
+    sort = {"SORT": 0, "sort_warps": 4} if n > 32768 else {"SORT": 2048 if n > 4096 else 1024, "sort_warps": 8}
+    chunk = 128 if n <= 8192 else 256 if n <= 32768 else 512 if n <= 262144 else 1024
+    return Config(**sort, CHUNK=chunk, WINDOW=512, SCAN=1024, walk_warps=4 if chunk <= 256 else 8)
 
 
 def _check(config, problem, device):

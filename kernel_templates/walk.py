@@ -31,10 +31,7 @@ def _edges(table_ptr, ev_q_ptr, p, blocks, M, goal, limit, BLOCKS: tl.constexpr,
     b = tl.arange(0, BLOCKS)
     inside = b < blocks
     width = 3 * blocks
-    if TAU:
-        counts_ptr = table_ptr
-    else:
-        counts_ptr = table_ptr + 2 * blocks
+    counts_ptr = table_ptr if TAU else table_ptr + 2 * blocks
     if EARLIER:  # the table holds the sums of each stretch
         e = tl.arange(0, EARLIER)[:, None]
         counts = tl.zeros([BLOCKS], tl.int64)
@@ -155,21 +152,19 @@ def _changes(change_ptr, t, sign, x, minus, reach, pass_, reach_t, pass_t, new, 
 @triton.jit
 def _walk(
     table_ptr, ev_q_ptr, ev_t_ptr, rank_ptr, key_ptr, key_q_ptr, ring_ptr, new_t_ptr, new_x_ptr, change_ptr, tau_ptr,
-    interior_ptr, plus_end_ptr, minus_end_ptr, p, blocks, M, K, shift, one, BLOCKS: tl.constexpr, SPAN: tl.constexpr,
-    EARLIER: tl.constexpr, C: tl.constexpr, WINDOW: tl.constexpr, SCAN: tl.constexpr, RING: tl.constexpr,
-    TAU: tl.constexpr,
+    interior_ptr, plus_end_ptr, minus_end_ptr, p, blocks, M, K, shift, fine, few, one, BLOCKS: tl.constexpr,
+    SPAN: tl.constexpr, EARLIER: tl.constexpr, C: tl.constexpr, WINDOW: tl.constexpr, SCAN: tl.constexpr,
+    RING: tl.constexpr, TAU: tl.constexpr,
 ):  # fmt: skip
-    c0 = K + p * C
-    c1 = tl.minimum(c0 + C, M)
+    c0 = K + tl.minimum(p, few) * fine + tl.maximum(p - few, 0) * C
+    c1 = tl.minimum(c0 + tl.where(p < few, fine, C), M)
     goal = K.to(tl.int64) * one
     limit = goal
     if TAU:
         limit = goal + 1  # a saturated key stops being so once F(u - 1) is above K
         tl.store(change_ptr + tl.arange(0, C), tl.zeros([C], tl.int64))
         tl.store(change_ptr + C + tl.arange(0, C), tl.zeros([C], tl.int64))
-    low, high, count, total = _edges(
-        table_ptr, ev_q_ptr, p, blocks, M, goal, limit, BLOCKS, SPAN, EARLIER, TAU
-    )
+    low, high, count, total = _edges(table_ptr, ev_q_ptr, p, blocks, M, goal, limit, BLOCKS, SPAN, EARLIER, TAU)
     new = _new_keys(rank_ptr, key_ptr, key_q_ptr, new_t_ptr, new_x_ptr, c0, c1, high, M, C, TAU)
 
     base = (count << 32) + count  # of the events that have not crossed before the stretch: count twice, and total
@@ -185,10 +180,7 @@ def _walk(
     while more:
         while (tail - head < WINDOW) & (at < high):
             following = tl.load(ev_t_ptr + at + SCAN + s, mask=at + SCAN + s < high, other=0).to(tl.int32)
-            if TAU:
-                born = code >> 1
-            else:
-                born = code
+            born = code >> 1 if TAU else code
             keep = (at + s < high) & (born < c1)
             kept = keep.to(tl.int32)
             slot = (tail + tl.cumsum(kept, 0) - kept) & (RING - 1)
@@ -276,18 +268,18 @@ def _finish(
     tl.store(plus_end_ptr + t, t + shift, mask=live & (plus_at >= passed))
 
 
-@triton.jit(do_not_specialize=["K", "M", "N", "shift", "blocks"])
+@triton.jit(do_not_specialize=["K", "M", "N", "shift", "fine", "few", "blocks"])
 def walk_kernel(
     table_ptr, us_ptr, ev_q_ptr, ev_t_ptr, order_ptr, key_ptr, key_q_ptr, ring_ptr, new_t_ptr, new_x_ptr, change_ptr,
-    tau_ptr, interior_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, blocks, M, N, shift, K, LOG: tl.constexpr,
+    tau_ptr, interior_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, blocks, M, N, shift, K, fine, few, LOG: tl.constexpr,
     BLOCKS: tl.constexpr, SPAN: tl.constexpr, EARLIER: tl.constexpr, C: tl.constexpr, WINDOW: tl.constexpr,
     SCAN: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
-    """The results of C queries and of the keys that change within them, for tau (axis 0 even) or for the rank (odd).
+    """The results of a stretch of queries and of the keys that change in it, for tau (axis 0 even) or the rank (odd).
 
-    Program axis 1: the stretch of time; the first ones, whose pointers run furthest, start first. ``shift`` is the
-    window: prefix t is query t + shift's. Scratch by program: ring int32 [RING], new_t int32 [C], new_x int64 [C],
-    change int64 [2, C].
+    Program axis 1: the stretch; the first ones, in which most happens, start first. ``few`` stretches have ``fine``
+    keys, the others C. ``shift`` is the window: prefix t is query t + shift's. Scratch by program: ring int32 [RING],
+    new_t int32 [C], new_x int64 [C], change int64 [2, C].
     """
     row = tl.program_id(0).to(tl.int64) // 2
     p = tl.program_id(1)
@@ -302,13 +294,13 @@ def walk_kernel(
         _walk(
             table_ptr, ev_q_ptr + row * 2 * M, ev_t_ptr + row * 2 * M, key_ptr + 2 * M, key_ptr, key_q_ptr + row * M,
             ring_ptr, new_t_ptr, new_x_ptr, change_ptr + task * 2 * C, tau_ptr + row * N, interior_ptr + row * N,
-            sup_end_ptr + row * N, sat_end_ptr + row * N, p, blocks, M, K, shift, one, BLOCKS, SPAN, EARLIER, C,
-            WINDOW, SCAN, RING, True,
+            sup_end_ptr + row * N, sat_end_ptr + row * N, p, blocks, M, K, shift, fine, few, one, BLOCKS, SPAN,
+            EARLIER, C, WINDOW, SCAN, RING, True,
         )  # fmt: skip
     else:
         one = tl.full([], 1, tl.int64)
         _walk(
             table_ptr, ev_q_ptr, order_ptr + row * M, key_ptr + 2 * M, key_ptr, key_q_ptr, ring_ptr, new_t_ptr,
             new_x_ptr, change_ptr, tau_ptr, interior_ptr, expiry_ptr + row * N, expiry_ptr, p, blocks, M, K, shift,
-            one, BLOCKS, SPAN, EARLIER, C, WINDOW, SCAN, RING, False,
+            fine, few, one, BLOCKS, SPAN, EARLIER, C, WINDOW, SCAN, RING, False,
         )  # fmt: skip

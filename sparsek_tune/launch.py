@@ -88,7 +88,7 @@ def threshold(scores: Tensor, k: int, window: int, config: Config) -> Selection:
     if m <= k:
         _run(sort_t.prepare_kernel, (_cdiv(n, 1024), rows), *initial, tau, n, 0, BLOCK=1024, num_warps=4)
         return Selection(tau, expiry, sat_end, sup_end, interior)
-    chunk, stretches, span, blocks = threshold_t.cuts(m, k, config["CHUNK"])
+    chunk, fine, few, stretches, span, blocks = threshold_t.cuts(m, k, config["CHUNK"])
     cells = (1 + stretches) * 3 * blocks
     sort, ring, tasks = config["SORT"], threshold_t.ring(config), 2 * rows * stretches
     chunks = _cdiv(m, sort) if sort else 1
@@ -122,8 +122,8 @@ def threshold(scores: Tensor, k: int, window: int, config: Config) -> Selection:
     log = (2 * m).bit_length()
     _run(
         threshold_t.events_kernel, (_cdiv(m, 256), rows),
-        us, order, events, codes, values, keys, table, m, k, stretches, blocks, LOG=log, SPAN=span, CHUNK=chunk,
-        BLOCK=256, num_warps=4,
+        us, order, events, codes, values, keys, table, m, k, stretches, blocks, fine, few, LOG=log, SPAN=span,
+        CHUNK=chunk, BLOCK=256, num_warps=4,
     )  # fmt: skip
     earlier = threshold_t.EARLIER
     if stretches > threshold_t.FEW:
@@ -135,9 +135,9 @@ def threshold(scores: Tensor, k: int, window: int, config: Config) -> Selection:
     _run(
         walk_t.walk_kernel, (2 * rows, stretches),
         table, us, events, codes, order, keys, values, rings, new_t, new_x, change, tau, interior, expiry, sat_end,
-        sup_end, blocks, m, n, window, k, LOG=log, BLOCKS=next_pow2(blocks), SPAN=span, EARLIER=earlier, C=chunk,
-        WINDOW=config["WINDOW"], SCAN=config["SCAN"], RING=ring, num_warps=config["walk_warps"],
-        maxnreg=128,
+        sup_end, blocks, m, n, window, k, fine, few, LOG=log, BLOCKS=next_pow2(blocks), SPAN=span,
+        EARLIER=earlier, C=chunk, WINDOW=config["WINDOW"], SCAN=config["SCAN"], RING=ring,
+        num_warps=config["walk_warps"], maxnreg=128,
     )  # fmt: skip
     return Selection(tau, expiry, sat_end, sup_end, interior)
 
