@@ -111,6 +111,7 @@ def prefix_kernel(table_ptr, times, width, TIMES: tl.constexpr, BLOCK: tl.conste
 
 EARLIER = 16  # stretches that a program of the walk adds up at once, where the table holds no running sums
 FEW = 64  # up to so many stretches running sums are not worth a kernel of their own
+REGISTERS = 128  # a thread of the walk: it waits for memory most of the time, so 16 warps an SM matter more
 MERGED = 32  # more sorted chunks than this cost more than torch.sort
 
 
@@ -150,10 +151,17 @@ def ring(config: Config) -> int:
 
 
 def _default(problem, device):
-    n = problem.n
-    sort = {"SORT": 0, "sort_warps": 4} if n > 32768 else {"SORT": 2048 if n > 4096 else 1024, "sort_warps": 8}
+    n, m = problem.n, problem.n - problem.w
+    sort = next((size for most, size in ((1024, 1024), (2048, 2048), (8192, 1024), (16384, 2048)) if m <= most), 4096)
     chunk = 128 if n <= 8192 else 256 if n <= 32768 else 512 if n <= 262144 else 1024
-    return Config(**sort, CHUNK=chunk, WINDOW=512, SCAN=1024, walk_warps=4 if chunk <= 256 else 8)
+    return Config(
+        SORT=0 if m > 32768 else sort,
+        CHUNK=chunk,
+        WINDOW=512 if chunk <= 256 else 256,
+        SCAN=1024,
+        sort_warps=4 if m > 32768 else 16 if sort > 2048 else 8,
+        walk_warps=4,
+    )
 
 
 def _check(config, problem, device):

@@ -56,6 +56,12 @@ def _cdiv(n: int, size: int) -> int:
     return -(-n // size)
 
 
+def _carve(like: Tensor, dtype: torch.dtype, *sizes: int) -> list[Tensor]:
+    """Flat buffers of these sizes out of one allocation, each at a multiple of 256 bytes or more."""
+    padded = [-(-size // 64) * 64 for size in sizes]
+    return list(like.new_empty(sum(padded), dtype=dtype).split(padded))
+
+
 def _run(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     if _dry:
         return
@@ -94,17 +100,17 @@ def threshold(scores: Tensor, k: int, window: int, config: Config) -> Selection:
     chunks = _cdiv(m, sort) if sort else 1
     own = sort > 0 and chunks <= threshold_t.MERGED
     merged = rows * chunks * sort if own and chunks > 1 else 0
-    table, events, values, new_x, change, runs = scores.new_empty(
-        rows * (cells + 3 * m) + 3 * tasks * chunk + merged, dtype=torch.int64
-    ).split((rows * cells, rows * 2 * m, rows * m, tasks * chunk, 2 * tasks * chunk, merged))
-    codes, keys, rings, new_t, order, us = scores.new_empty(
-        rows * 7 * m + tasks * (ring + chunk), dtype=torch.int32
-    ).split((rows * 2 * m, rows * 3 * m, tasks * ring, tasks * chunk, rows * m, rows * m))
+    table, events, values, new_x, change, runs = _carve(
+        scores, torch.int64, rows * cells, rows * 2 * m, rows * m, tasks * chunk, 2 * tasks * chunk, merged
+    )
+    codes, keys, rings, new_t, order, us = _carve(
+        scores, torch.int32, rows * 2 * m, rows * 3 * m, tasks * ring, tasks * chunk, rows * m, rows * m
+    )
     us = us.view(torch.float32)
     if own:
         _run(
             sort_t.sort_kernel, (chunks, rows),
-            scores, runs if merged else table, us, order, *initial, table, n, m, cells, SORT=sort, SINGLE=chunks == 1,
+            scores, runs, us, order, *initial, table, n, m, cells, SORT=sort, SINGLE=chunks == 1,
             num_warps=config["sort_warps"],
         )  # fmt: skip
         if chunks > 1:
@@ -137,7 +143,7 @@ def threshold(scores: Tensor, k: int, window: int, config: Config) -> Selection:
         table, us, events, codes, order, keys, values, rings, new_t, new_x, change, tau, interior, expiry, sat_end,
         sup_end, blocks, m, n, window, k, fine, few, LOG=log, BLOCKS=next_pow2(blocks), SPAN=span,
         EARLIER=earlier, C=chunk, WINDOW=config["WINDOW"], SCAN=config["SCAN"], RING=ring,
-        num_warps=config["walk_warps"], maxnreg=128,
+        num_warps=config["walk_warps"], maxnreg=threshold_t.REGISTERS,
     )  # fmt: skip
     return Selection(tau, expiry, sat_end, sup_end, interior)
 
@@ -154,14 +160,14 @@ def schedule(selection: Selection, k: int, window: int, config: Config) -> Sched
     parent, count, parents, parent_size = expiry, expiry, 1, 0
     for size in schedule_t.levels(segment, n)[:-1]:
         nodes = _cdiv(n, size)
-        children, counts = expiry.new_empty(rows * nodes * (cap + 1)).split((rows * nodes * cap, rows * nodes))
+        children, counts = _carve(expiry, torch.int32, rows * nodes * cap, rows * nodes)
         _run(
             schedule_t.alive_kernel, (nodes, rows),
             expiry, parent, count, children, counts, n, m, window, parents, cap, SIZE=size, PARENT_SIZE=parent_size,
             BLOCK=block, num_warps=warps,
         )  # fmt: skip
         parent, count, parents, parent_size = children, counts, nodes, size
-    alive, evicted = expiry.new_empty(rows * (segments * cap + n)).split((rows * segments * cap, rows * n))
+    alive, evicted = _carve(expiry, torch.int32, rows * segments * cap, rows * n)
     out = Schedule(
         expiry.new_empty((rows, segments, cap + segment)),
         expiry.new_empty((rows, segments, 4)),
