@@ -165,21 +165,34 @@ def _default(problem, device):
 
 
 def _check(config, problem, device):
-    if config["SORT"] * MERGED < problem.n - problem.w and config["SORT"]:
+    m = problem.n - problem.w
+    sort, warps = config["SORT"], config["walk_warps"]
+    if sort and sort * MERGED < m:
         return "too many chunks to merge"
-    if config["SORT"] and config["SORT"] < 32 * config["sort_warps"]:
-        return "SORT leaves threads without a key"
-    if min(config["WINDOW"], config["SCAN"], config["CHUNK"]) < 32 * config["walk_warps"]:
-        return "threads of the walk without an event"
+    if sort and not 1 <= sort // (32 * config["sort_warps"]) <= 16:
+        return "threads of the sort hold no key or too many"
+    for name, most in (("WINDOW", 4), ("SCAN", 16), ("CHUNK", 8)):
+        if not 1 <= config[name] // (32 * warps) <= most:
+            return f"threads of the walk hold nothing of a {name} or too much"
     return None
 
 
 def _cost(config, problem):
-    keys = problem.rows * problem.n
-    logn = max(1, problem.n.bit_length())
-    # sort passes over 12 B, events and keys written and read, searches from L2; every new key meets a window
-    flops = keys * (60.0 * logn + 16.0 * config["WINDOW"] * min(1.0, 4.0 * problem.k / problem.n))
-    return Cost(flops=flops, bytes=keys * (12.0 * 4 + 2 * 48.0 + 28.0), launches=5)
+    n, m = problem.n, problem.n - problem.w
+    if m <= problem.k:
+        return Cost(flops=0.0, bytes=20.0 * problem.rows * n)
+    c = cuts(m, problem.k, config["CHUNK"])
+    new = c.chunk * min(1.0, problem.k / n)  # keys of a stretch that matter
+    window = config["WINDOW"]
+    windows = -(-(c.span / 2 + 3 * new) // window)
+    walk = 2 * c.stretches * (windows * window * (100 + 8 * new) + 30 * (config["SCAN"] + c.span))
+    sort = m * (400.0 if config["SORT"] else 900.0)
+    search = 60.0 * m * max(1, m.bit_length())
+    # Read: the scores. Written and mostly read again: sorted scores and their keys, events, values and places by key,
+    # the table, the results.
+    data = problem.rows * (n * 24.0 + m * 2 * (8 + 24 + 20) + 48.0 * (1 + c.stretches) * c.blocks)
+    launches = (3 if config["SORT"] >= m else 4 if config["SORT"] else 8) + (c.stretches > FEW)
+    return Cost(flops=problem.rows * (walk + sort + search), bytes=data, launches=launches)
 
 
 TEMPLATE = Template(
@@ -188,10 +201,10 @@ TEMPLATE = Template(
     space=(
         Param("SORT", Choice((0, 1024, 2048, 4096))),  # scores per sorted chunk; 0: torch.sort
         Param("CHUNK", Pow2(64, 1024)),
-        Param("WINDOW", Pow2(128, 2048)),
-        Param("SCAN", Pow2(256, 4096)),
+        Param("WINDOW", Pow2(128, 1024)),
+        Param("SCAN", Pow2(512, 4096)),
         Param("sort_warps", Choice((4, 8, 16)), when=lambda chosen: chosen["SORT"] != 0),
-        Param("walk_warps", Choice((1, 2, 4, 8))),
+        Param("walk_warps", Choice((2, 4, 8))),
     ),
     default=_default,
     check=_check,
