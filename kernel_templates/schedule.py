@@ -6,9 +6,9 @@ A segment's list holds, one after the other:
   3. those that outlive it and are saturated for all of it, by position (no mask, no gate);
   4. the keys born inside it, by position.
 A tile of queries reads one contiguous range: from the first key of part 1 that is still alive to the last of part 4
-born. Part 1 comes straight from the keys by the query that drops them (at most one each); parts 2 and 3 from the keys
-alive at the segment's start, found level by level: a node's alive keys are its parent's that live on, and those born
-since.
+born. Parts 1 to 3 come from the keys alive at the segment's start, found level by level: a node's alive keys are its
+parent's that live on, and those born since. Part 1 is sorted by scattering its keys to the queries that drop them, at
+most one each.
 Design fact 2 bounds each list: at most ``min(k, M) + SEGMENT`` keys.
 """
 
@@ -30,27 +30,13 @@ def _append(list_ptr, count, j, keep):
     return count + tl.sum(kept, 0)
 
 
-@triton.jit(do_not_specialize=["N", "window"])
-def evicted_kernel(expiry_ptr, evicted_ptr, N, window, BLOCK: tl.constexpr):
-    """By query, the key that was selected before and is dropped there: at most one each. Expects -1s."""
-    row = tl.program_id(1).to(tl.int64)
-    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    expiry = tl.load(expiry_ptr + row * N + j, mask=j < N, other=0)
-    tl.store(evicted_ptr + row * N + expiry, j, mask=(j < N) & (expiry < N) & (expiry > j + window))
-
-
-@triton.jit(do_not_specialize=["N", "M", "window", "parents"])
-def alive_kernel(
-    expiry_ptr, parent_ptr, parent_count_ptr, list_ptr, count_ptr, N, M, window, parents, CAP, SIZE: tl.constexpr,
-    PARENT_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def _alive(
+    expiry_ptr, parent_ptr, parent_count_ptr, list_ptr, row, begin, M, window, parents, CAP, PARENT_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Keys selected both before and at query node * SIZE, by position. PARENT_SIZE 0: no parent."""
-    node = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
-    nodes = tl.num_programs(0)
-    expiry_ptr += row * N
-    list_ptr += (row * nodes + node) * CAP
-    begin = node * SIZE
+    """List the keys selected both before and at query ``begin``, by position; returns their number. PARENT_SIZE 0: no
+    parent. Every load but those of inherited keys' expiry runs one block ahead of its use."""
     at = tl.arange(0, BLOCK)
     count = begin * 0
     first = -window
@@ -59,34 +45,74 @@ def alive_kernel(
         first = parent * PARENT_SIZE - window
         parent_ptr += (row * parents + parent) * CAP
         inherited = tl.load(parent_count_ptr + row * parents + parent)
+        j = tl.load(parent_ptr + at, mask=at < inherited, other=0)
         for i in range(0, inherited, BLOCK):
+            ahead = i + BLOCK + at
+            next_j = tl.load(parent_ptr + ahead, mask=ahead < inherited, other=0)
             inside = i + at < inherited
-            j = tl.load(parent_ptr + i + at, mask=inside, other=0)
             keep = inside & (tl.load(expiry_ptr + j, mask=inside, other=0) > begin)
             count = _append(list_ptr, count, j, keep)
+            j = next_j
+    first = tl.maximum(first, 0)
     last = tl.minimum(begin - window, M)
-    for i in range(tl.maximum(first, 0), last, BLOCK):
-        j = i + at
-        keep = (j < last) & (tl.load(expiry_ptr + j, mask=j < last, other=0) > begin)
-        count = _append(list_ptr, count, j, keep)
-    tl.store(count_ptr + row * nodes + node, count)
+    expiry = tl.load(expiry_ptr + first + at, mask=first + at < last, other=0)
+    for i in range(first, last, BLOCK):
+        ahead = i + BLOCK + at
+        next_expiry = tl.load(expiry_ptr + ahead, mask=ahead < last, other=0)
+        count = _append(list_ptr, count, i + at, (i + at < last) & (expiry > begin))
+        expiry = next_expiry
+    return count
 
 
-@triton.jit(do_not_specialize=["N", "M", "window"])
+@triton.jit(do_not_specialize=["N", "M", "window", "parents"])
+def alive_kernel(
+    expiry_ptr, parent_ptr, parent_count_ptr, list_ptr, count_ptr, N, M, window, parents, CAP, SIZE: tl.constexpr,
+    PARENT_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Keys selected both before and at query node * SIZE, by position: list [rows, nodes, CAP], count [rows, nodes]."""
+    node = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    slot = row * tl.num_programs(0) + node
+    count = _alive(
+        expiry_ptr + row * N, parent_ptr, parent_count_ptr, list_ptr + slot * CAP, row, node * SIZE, M, window,
+        parents, CAP, PARENT_SIZE, BLOCK,
+    )  # fmt: skip
+    tl.store(count_ptr + slot, count)
+
+
+@triton.jit
+def _dropped(expiry_ptr, evicted_ptr, alive_ptr, alive, begin, end, BLOCK: tl.constexpr):
+    """By query of the segment, the key alive at its start that is dropped there, or -1."""
+    at = tl.arange(0, BLOCK)
+    for i in range(begin, end, BLOCK):
+        tl.store(evicted_ptr + i + at, tl.full([BLOCK], -1, tl.int32), mask=i + at < end)
+    tl.debug_barrier()
+    for i in range(0, alive, BLOCK):
+        inside = i + at < alive
+        j = tl.load(alive_ptr + i + at, mask=inside, other=0)
+        expiry = tl.load(expiry_ptr + j, mask=inside, other=0)
+        tl.store(evicted_ptr + expiry, j, mask=inside & (expiry < end))
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["N", "M", "window", "parents"])
 def segments_kernel(
-    expiry_ptr, sat_end_ptr, evicted_ptr, alive_ptr, alive_count_ptr, list_ptr, bounds_ptr, start_ptr, stop_ptr,
-    N, M, window, ALIVE_CAP, CAP, SEGMENT: tl.constexpr, BLOCK: tl.constexpr,
+    u_ptr, expiry_ptr, sat_end_ptr, parent_ptr, parent_count_ptr, alive_ptr, evicted_ptr, list_ptr, list_u_ptr,
+    list_expiry_ptr, list_sat_end_ptr, bounds_ptr, start_ptr, stop_ptr, N, M, window, parents, ALIVE_CAP, CAP, SEGMENT: tl.constexpr, PARENT_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Lay out the list of one segment.
 
     bounds [rows, segments, 4]: ends of the four parts. start [rows, N]: first entry still alive at a query;
-    stop [rows, N]: one past the last entry born by a query.
+    stop [rows, N]: one past the last entry born by a query. Scratch: alive [rows, segments, ALIVE_CAP], the keys alive
+    at the segment's start; evicted [rows, N].
     """
     segment = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     slot = row * tl.num_programs(0) + segment
     expiry_ptr += row * N
     sat_end_ptr += row * N
+    evicted_ptr += row * N
     start_ptr += row * N
     stop_ptr += row * N
     list_ptr += slot * CAP
@@ -94,14 +120,18 @@ def segments_kernel(
     begin = segment * SEGMENT
     end = tl.minimum(begin + SEGMENT, N)
     at = tl.arange(0, BLOCK)
-    alive = tl.load(alive_count_ptr + slot)
+    alive = _alive(
+        expiry_ptr, parent_ptr, parent_count_ptr, alive_ptr, row, begin, M, window, parents, ALIVE_CAP, PARENT_SIZE,
+        BLOCK,
+    )  # fmt: skip
+    _dropped(expiry_ptr, evicted_ptr, alive_ptr, alive, begin, end, BLOCK)
 
     count = begin * 0
     for i in range(begin, end, BLOCK):
         query = i + at
         inside = query < end
-        j = tl.load(evicted_ptr + row * N + query, mask=inside, other=-1)
-        keep = (j >= 0) & (j + window < begin) & (query > begin)
+        j = tl.load(evicted_ptr + query, mask=inside, other=-1)
+        keep = j >= 0
         tl.store(start_ptr + query, count + tl.cumsum(keep.to(tl.int32), 0), mask=inside)
         count = _append(list_ptr, count, j, keep)
     tl.store(bounds_ptr + slot * 4, count)
@@ -128,6 +158,19 @@ def segments_kernel(
         count = _append(list_ptr, count, j, keep)
     tl.store(bounds_ptr + slot * 4 + 3, count)
 
+    # What the consumers ask of a key lies beside it, so that they need not gather it, once per tile.
+    tl.debug_barrier()
+    u_ptr += row * N
+    list_u_ptr += slot * CAP
+    list_expiry_ptr += slot * CAP
+    list_sat_end_ptr += slot * CAP
+    for i in range(0, count, BLOCK):
+        inside = i + at < count
+        j = tl.load(list_ptr + i + at, mask=inside, other=0)
+        tl.store(list_u_ptr + i + at, tl.load(u_ptr + j, mask=inside, other=0.0), mask=inside)
+        tl.store(list_expiry_ptr + i + at, tl.load(expiry_ptr + j, mask=inside, other=0), mask=inside)
+        tl.store(list_sat_end_ptr + i + at, tl.load(sat_end_ptr + j, mask=inside, other=0), mask=inside)
+
 
 FANOUT = 16  # nodes per parent: each level reads its parents' keys and those born within one parent
 
@@ -141,12 +184,10 @@ def levels(segment: int, n: int) -> list[int]:
 
 
 def _default(problem, device):
-    return Config(SEGMENT=512 if problem.k <= 512 else 1024, BLOCK=512, num_warps=4)
+    return Config(SEGMENT=512 if problem.k <= 512 else 1024, BLOCK=2048, num_warps=8)
 
 
 def _check(config, problem, device):
-    if config["BLOCK"] > config["SEGMENT"]:
-        return "BLOCK exceeds SEGMENT"
     if config["BLOCK"] < 32 * config["num_warps"]:
         return "BLOCK leaves threads without a key"
     return None
@@ -156,7 +197,7 @@ def _cost(config, problem):
     rows_per_key = (min(problem.k, problem.n) + config["SEGMENT"]) / config["SEGMENT"]
     keys = problem.rows * problem.n
     visits = keys * (2 * rows_per_key + FANOUT)
-    launches = 3 + len(levels(config["SEGMENT"], problem.n))
+    launches = len(levels(config["SEGMENT"], problem.n))
     return Cost(flops=8.0 * visits, bytes=keys * (20.0 + 12.0 * rows_per_key), launches=launches)
 
 
@@ -165,8 +206,8 @@ TEMPLATE = Template(
     fields=frozenset({"dtype", "d", "g", "gate", "k", "w", "n", "rows"}),
     space=(
         Param("SEGMENT", Pow2(256, 4096)),
-        Param("BLOCK", Pow2(256, 1024)),
-        Param("num_warps", Choice((1, 2, 4, 8))),
+        Param("BLOCK", Pow2(256, 4096)),
+        Param("num_warps", Choice((1, 2, 4, 8, 16))),
     ),
     default=_default,
     check=_check,

@@ -18,7 +18,9 @@ from .kernel_templates import dkv as dkv_t
 from .kernel_templates import dq as dq_t
 from .kernel_templates import forward as forward_t
 from .kernel_templates import schedule as schedule_t
+from .kernel_templates import sort as sort_t
 from .kernel_templates import threshold as threshold_t
+from .kernel_templates import walk as walk_t
 from .kernel_templates.base import Config, next_pow2
 from .kernel_templates.tiles import GATES
 from .reference import Selection
@@ -54,6 +56,12 @@ def _cdiv(n: int, size: int) -> int:
     return -(-n // size)
 
 
+def _carve(like: Tensor, dtype: torch.dtype, *sizes: int) -> list[Tensor]:
+    """Flat buffers of these sizes out of one allocation, each at a multiple of 256 bytes or more."""
+    padded = [-(-size // 64) * 64 for size in sizes]
+    return list(like.new_empty(sum(padded), dtype=dtype).split(padded))
+
+
 def _run(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     if _dry:
         return
@@ -82,52 +90,64 @@ class Schedule(NamedTuple):
 
 def threshold(scores: Tensor, k: int, window: int, config: Config) -> Selection:
     """Selection of scores [B, Hkv, N] (float32, contiguous)."""
-    b, h, n = scores.shape
-    rows, m = b * h, n - window
-    expiry, sat_end, sup_end = (scores.new_full((b, h, n), n, dtype=torch.int32) for _ in range(3))
-    tau = scores.new_full((b, h, n), float("-inf"))
-    interior = scores.new_zeros((b, h, n), dtype=torch.int32)
+    n = scores.shape[2]
+    rows, m = scores.shape[0] * scores.shape[1], n - window
+    expiry, sat_end, sup_end, interior = (scores.new_empty(scores.shape, dtype=torch.int32) for _ in range(4))
+    tau = scores.new_empty(scores.shape)
+    initial = (tau, expiry, sat_end, sup_end, interior)
     if m <= k:
+        _run(sort_t.prepare_kernel, (_cdiv(n, 1024), rows), *initial, tau, n, 0, BLOCK=1024, num_warps=4)
         return Selection(tau, expiry, sat_end, sup_end, interior)
-    # Adding zero makes -0.0 and 0.0 one value for the sort too.
-    us, order = torch.sort(scores.reshape(rows, n)[:, :m] + 0.0, dim=1, descending=True, stable=True)
-    events = scores.new_empty((rows, 2 * m), dtype=torch.int64)
-    codes = scores.new_empty((rows, 2 * m), dtype=torch.int32)
-    rank_codes = scores.new_empty((rows, m), dtype=torch.int32)
-    values = scores.new_empty((rows, m), dtype=torch.int64)
-    keys = scores.new_empty((rows, 3, m), dtype=torch.int32)
-    pointers = scores.new_empty((rows, 2, m), dtype=torch.int32)
+    chunk, fine, few, stretches, span, blocks = threshold_t.cuts(m, k, config["CHUNK"])
+    cells = (1 + stretches) * 3 * blocks
+    sort, ring, tasks = config["SORT"], threshold_t.ring(config), 2 * rows * stretches
+    chunks = _cdiv(m, sort) if sort else 1
+    own = sort > 0 and chunks <= threshold_t.MERGED
+    merged = rows * chunks * sort if own and chunks > 1 else 0
+    table, events, values, new_x, change, runs = _carve(
+        scores, torch.int64, rows * cells, rows * 2 * m, rows * m, tasks * chunk, 2 * tasks * chunk, merged
+    )
+    codes, keys, rings, new_t, order, us = _carve(
+        scores, torch.int32, rows * 2 * m, rows * 3 * m, tasks * ring, tasks * chunk, rows * m, rows * m
+    )
+    us = us.view(torch.float32)
+    if own:
+        _run(
+            sort_t.sort_kernel, (chunks, rows),
+            scores, runs, us, order, *initial, table, n, m, cells, SORT=sort, SINGLE=chunks == 1,
+            num_warps=config["sort_warps"],
+        )  # fmt: skip
+        if chunks > 1:
+            columns = next_pow2(chunks)
+            block = min(sort, 2048 // columns)
+            _run(
+                sort_t.merge_kernel, (chunks * sort // block, rows),
+                runs, us, order, m, chunks, SORT=sort, LOG=sort.bit_length() - 1, CHUNKS=columns, BLOCK=block,
+                num_warps=4,
+            )  # fmt: skip
+    else:
+        _run(sort_t.prepare_kernel, (_cdiv(n, 1024), rows), *initial, table, n, cells, BLOCK=1024, num_warps=4)
+        # Adding zero makes -0.0 and 0.0 one value for the sort too.
+        us, order = torch.sort(scores.reshape(rows, n)[:, :m] + 0.0, dim=1, descending=True, stable=True)
     log = (2 * m).bit_length()
     _run(
         threshold_t.events_kernel, (_cdiv(m, 256), rows),
-        us, order, events, codes, rank_codes, values, keys, m, LOG=log, BLOCK=256, num_warps=4,
+        us, order, events, codes, values, keys, table, m, k, stretches, blocks, fine, few, LOG=log, SPAN=span,
+        CHUNK=chunk, BLOCK=256, num_warps=4,
     )  # fmt: skip
-    coarse, span, blocks = threshold_t.cuts(m, config["COARSE"])
-    chunks = _cdiv(m, coarse)
-    table = scores.new_zeros((rows, 2, chunks, blocks, 2), dtype=torch.int64)
-    _run(
-        threshold_t.table_kernel, (blocks, 2, rows),
-        events, codes, rank_codes, table, m, blocks, chunks, SPAN=span, COARSE=coarse, WINDOW=1024, num_warps=4,
-    )  # fmt: skip
-    state = scores.new_empty((rows, 2, chunks, 4), dtype=torch.int64)
-    _run(
-        threshold_t.start_kernel, (chunks, 2, rows),
-        table, state, us, events, codes, rank_codes, blocks, m, k, LOG=log, BLOCKS=next_pow2(blocks), SPAN=span,
-        COARSE=coarse, WINDOW=config["coarse_window"], num_warps=config["coarse_warps"],
-    )  # fmt: skip
-    for chunk, step, walk in ((coarse, config["FINE"], "coarse"), (config["FINE"], 1, "fine")):
-        steps = _cdiv(m, step)
-        out = scores.new_empty((rows, 2, steps, 4), dtype=torch.int64) if step > 1 else state
+    earlier = threshold_t.EARLIER
+    if stretches > threshold_t.FEW:
+        earlier = 0
         _run(
-            threshold_t.walk_kernel, (chunks, 2, rows),
-            state, out, us, events, codes, rank_codes, keys, values, pointers, tau, interior, chunks, steps, m, n,
-            window, k, LOG=log, CHUNK=chunk, STEP=step, WINDOW=config[f"{walk}_window"],
-            num_warps=config[f"{walk}_warps"],
+            threshold_t.prefix_kernel, (_cdiv(3 * blocks, 16), rows),
+            table, 1 + stretches, 3 * blocks, TIMES=128, BLOCK=16, num_warps=4,
         )  # fmt: skip
-        state, chunks = out, steps
     _run(
-        threshold_t.intervals_kernel, (_cdiv(n, 256), rows),
-        pointers, keys, expiry, sat_end, sup_end, m, n, window, LOG=log, BLOCK=256, num_warps=4,
+        walk_t.walk_kernel, (2 * rows, stretches),
+        table, us, events, codes, order, keys, values, rings, new_t, new_x, change, tau, interior, expiry, sat_end,
+        sup_end, blocks, m, n, window, k, fine, few, LOG=log, BLOCKS=next_pow2(blocks), SPAN=span,
+        EARLIER=earlier, C=chunk, WINDOW=config["WINDOW"], SCAN=config["SCAN"], RING=ring,
+        num_warps=config["walk_warps"], maxnreg=threshold_t.REGISTERS,
     )  # fmt: skip
     return Selection(tau, expiry, sat_end, sup_end, interior)
 
@@ -139,37 +159,36 @@ def schedule(scores: Tensor, selection: Selection, k: int, window: int, config: 
     rows, m = expiry.numel() // n, n - window
     if m <= 0:
         return None
-    evicted = torch.full_like(expiry, -1)
-    _run(schedule_t.evicted_kernel, (_cdiv(n, 256), rows), expiry, evicted, n, window, BLOCK=256, num_warps=4)
     segment, block, warps = config["SEGMENT"], config["BLOCK"], config["num_warps"]
-    cap = min(k, m)
-    alive, count, parents, parent_size = expiry, expiry, 1, 0
-    for size in schedule_t.levels(segment, n):
+    cap, segments = min(k, m), _cdiv(n, segment)
+    parent, count, parents, parent_size = expiry, expiry, 1, 0
+    for size in schedule_t.levels(segment, n)[:-1]:
         nodes = _cdiv(n, size)
-        children = expiry.new_empty((rows, nodes, cap))
-        counts = expiry.new_empty((rows, nodes))
+        children, counts = _carve(expiry, torch.int32, rows * nodes * cap, rows * nodes)
         _run(
             schedule_t.alive_kernel, (nodes, rows),
-            expiry, alive, count, children, counts, n, m, window, parents, cap, SIZE=size, PARENT_SIZE=parent_size,
+            expiry, parent, count, children, counts, n, m, window, parents, cap, SIZE=size, PARENT_SIZE=parent_size,
             BLOCK=block, num_warps=warps,
         )  # fmt: skip
-        alive, count, parents, parent_size = children, counts, nodes, size
+        parent, count, parents, parent_size = children, counts, nodes, size
+    alive, evicted = _carve(expiry, torch.int32, rows * segments * cap, rows * n)
+    entries = (rows, segments, cap + segment)
     out = Schedule(
-        expiry.new_zeros((rows, parents, cap + segment)),
-        *[expiry] * 3,
-        expiry.new_empty((rows, parents, 4)),
+        expiry.new_empty(entries),
+        scores.new_empty(entries),
+        expiry.new_empty(entries),
+        expiry.new_empty(entries),
+        expiry.new_empty((rows, segments, 4)),
         expiry.new_empty((rows, n)),
         expiry.new_empty((rows, n)),
         segment,
     )
     _run(
-        schedule_t.segments_kernel, (parents, rows),
-        expiry, selection.sat_end, evicted, alive, count, out.keys, *out[4:7], n, m, window, cap, cap + segment, SEGMENT=segment,
-        BLOCK=block, num_warps=warps,
+        schedule_t.segments_kernel, (segments, rows),
+        scores, expiry, selection.sat_end, parent, count, alive, evicted, *out[:7], n, m, window, parents, cap,
+        cap + segment, SEGMENT=segment, PARENT_SIZE=parent_size, BLOCK=block, num_warps=warps,
     )  # fmt: skip
-    at = out.keys.view(rows, -1).clamp(0, n - 1).long()
-    cols = [t.view(rows, n).gather(1, at).view(out.keys.shape) for t in (scores, expiry, selection.sat_end)]
-    return out._replace(scores=cols[0], expiry=cols[1], sat_end=cols[2])
+    return out
 
 
 class _Shape(NamedTuple):

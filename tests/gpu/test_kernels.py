@@ -216,7 +216,10 @@ def stages(case: Case):
 
 
 @pytest.mark.parametrize("scores", SCORES)
-@pytest.mark.parametrize(("n", "k", "w"), [(5000, 512, 128), (3001, 1, 0), (3001, 1000, 77), (100, 99, 0)])
+@pytest.mark.parametrize(
+    ("n", "k", "w"),
+    [(5000, 512, 128), (3001, 1, 0), (3001, 1000, 77), (100, 99, 0), (20000, 512, 0), (33500, 512, 100)],
+)
 def test_threshold(scores, n, k, w, poison):
     launch, (*_, u), configs = stages(Case(n=n, k=k, w=w, scores=scores))
     got, expected = launch.threshold(u, k, w, configs["threshold"]), reference.select(u.double(), k, w)

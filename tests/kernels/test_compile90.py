@@ -60,6 +60,24 @@ def test_defaults_compile_without_spilling(problem):
         assert kernel.stack <= MOST_STACK[problem.dtype], kernel
 
 
+def test_atomics_are_of_integers():
+    compiled = compile_all(Problem.of("bf16", 128, 4, "kv", 512, 0, 8192, 8))
+    lines = [line for c in compiled for line in c.asm["ptx"].splitlines() if " atom." in line or " red." in line]
+    assert lines and all(".add.u64" in line for line in lines), lines
+
+
+@pytest.mark.parametrize(("n", "launches"), [(4096, 5), (16384, 5), (65536, 6)])
+def test_few_launches_before_the_attention(n, launches):
+    """Of threshold and schedule together; above 32768 torch.sort comes on top."""
+    use_target(DEVICE)
+    problem = Problem.of("bf16", 128, 4, "kv", 1024 if n == 16384 else 512, 512, n, 8)
+    first, second = (TEMPLATES[name].default(problem, DEVICE) for name in ("threshold", "schedule"))
+    with launch.compile_only() as compiled:
+        selection = launch.threshold(torch.empty(1, 8, n, device="meta"), problem.k, problem.w, first)
+        launch.schedule(selection, problem.k, problem.w, second)
+    assert len(compiled) == launches
+
+
 def test_main_shape_runs_on_wgmma():
     compiled = compile_all(Problem.of("bf16", 128, 4, "kv", 1024, 512, 16384, 8))
     for c in compiled:
@@ -72,9 +90,12 @@ def test_main_shape_runs_on_wgmma():
     [
         {"forward": {"BM": 128, "BN": 64, "num_warps": 8}, "dq": {"BM": 128, "BN": 32, "num_warps": 8}},
         {"dkv": {"BM": 32, "BN": 64, "num_stages": 3}, "schedule": {"SEGMENT": 2048, "BLOCK": 512}},
-        {"threshold": {"COARSE": 512, "FINE": 16, "coarse_window": 512}, "dkv": {"BLOCK": 8, "reduce_warps": 2}},
+        {
+            "threshold": {"SORT": 0, "CHUNK": 64, "WINDOW": 256, "SCAN": 512, "walk_warps": 2},
+            "dkv": {"BLOCK": 8, "reduce_warps": 2},
+        },
     ],
-    ids=["wide tiles", "long segments", "short walks"],
+    ids=["wide tiles", "long segments", "short stretches"],
 )
 def test_other_points_compile(overrides):
     for kernel in kernels_of(compile_all(Problem.of("bf16", 128, 4, "kv", 512, 0, 8192, 8), **overrides)):

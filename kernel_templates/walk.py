@@ -1,0 +1,306 @@
+"""The walk of ``threshold``: over a stretch of time, when does F_t reach its goal at which event?
+
+F_t never decreases with t, so every event crosses its goal once; which events can cross within a stretch is one
+contiguous range of the event list, bounded by the table of block sums. Of that range only the events of keys born by
+the end of the stretch count: they are picked out, in order, into a ring buffer, and taken from there a window at a
+time. A window lies in registers: F before the stretch by one cumulative sum, then the stretch's new keys in time
+order, each added to the whole window at once, while every event counts how long it stays below its goal.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+KEYS: tl.constexpr = tl.constexpr(8)  # new keys between two looks at whether any event of a window still waits
+
+
+@triton.jit
+def fixed_point(us_ptr, M, LOG_EVENTS: tl.constexpr):
+    """The row's fixed-point unit 1.0 (int64): as large as sums over 2M events allow."""
+    top = tl.maximum(tl.abs(tl.load(us_ptr)), tl.abs(tl.load(us_ptr + M - 1)))
+    top = tl.maximum(tl.minimum(top, 1048576.0), 1.0)
+    shift = 60 - LOG_EVENTS - tl.ceil(tl.log2(top + 1.0)).to(tl.int32)
+    return tl.full([], 1, tl.int64) << tl.minimum(shift, 40)
+
+
+@triton.jit
+def _edges(table_ptr, ev_q_ptr, p, blocks, M, goal, limit, BLOCKS: tl.constexpr, SPAN: tl.constexpr,
+           EARLIER: tl.constexpr, TAU: tl.constexpr):  # fmt: skip
+    """Events [low, high) hold all that can cross in stretch p; sums over the events before low, of earlier keys."""
+    b = tl.arange(0, BLOCKS)
+    inside = b < blocks
+    width = 3 * blocks
+    counts_ptr = table_ptr if TAU else table_ptr + 2 * blocks
+    if EARLIER:  # the table holds the sums of each stretch
+        e = tl.arange(0, EARLIER)[:, None]
+        counts = tl.zeros([BLOCKS], tl.int64)
+        totals = tl.zeros([BLOCKS], tl.int64)
+        for row in range(0, p + 1, EARLIER):
+            cell = (row + e) * width + b[None, :]
+            there = (row + e <= p) & inside[None, :]
+            counts += tl.sum(tl.load(counts_ptr + cell, mask=there, other=0), 0)
+            if TAU:
+                totals += tl.sum(tl.load(counts_ptr + blocks + cell, mask=there, other=0), 0)
+    else:  # and here those of all up to each
+        counts = tl.load(counts_ptr + p * width + b, mask=inside, other=0)
+        totals = counts
+        if TAU:
+            totals = tl.load(counts_ptr + blocks + p * width + b, mask=inside, other=0)
+    later = tl.load(counts_ptr + (p + 1) * width + b, mask=inside, other=0)
+    if EARLIER:
+        later += counts
+    before = tl.cumsum(counts, 0) - counts
+    after = tl.cumsum(later, 0) - later
+    value, value_after, total = before, after, before
+    if TAU:
+        later = tl.load(counts_ptr + blocks + (p + 1) * width + b, mask=inside, other=0)
+        if EARLIER:
+            later += totals
+        x = tl.load(ev_q_ptr + b * SPAN, mask=inside, other=0)
+        total = tl.cumsum(totals, 0) - totals
+        value = total - before * x
+        value_after = tl.cumsum(later, 0) - later - after * x
+        step = SPAN
+        last = 2 * M
+    else:
+        step = SPAN // 2
+        last = M
+    first = tl.sum((inside & (value_after < goal)).to(tl.int32), 0) - 1  # F is 0 < goal before the first event
+    end = tl.sum((inside & (value < limit)).to(tl.int32), 0)
+    at_first = b == first
+    return (
+        first * step, tl.minimum(end * step, last), tl.sum(tl.where(at_first, before, 0), 0),
+        tl.sum(tl.where(at_first, total, 0), 0),
+    )  # fmt: skip
+
+
+@triton.jit
+def _new_keys(rank_ptr, key_ptr, key_q_ptr, new_t_ptr, new_x_ptr, c0, c1, high, M, C: tl.constexpr, TAU: tl.constexpr):
+    """List the stretch's keys that add to F anywhere in the range, in time order; returns their number."""
+    t = c0 + tl.arange(0, C)
+    live = t < c1
+    if TAU:
+        add = live & (tl.load(key_ptr + t, mask=live, other=0) < high)
+        x = tl.load(key_q_ptr + t, mask=add, other=0)
+    else:
+        rank = tl.load(rank_ptr + t, mask=live, other=0)
+        add = live & (rank < high)
+        x = rank.to(tl.int64)
+    count = add.to(tl.int32)
+    slot = tl.cumsum(count, 0) - count
+    tl.store(new_t_ptr + slot, t, mask=add)
+    tl.store(new_x_ptr + slot, x, mask=add)
+    return tl.sum(count, 0)
+
+
+@triton.jit
+def _run(value, x, new_x_ptr, new, one, goal, limit, TAU: tl.constexpr):
+    """How many of (the state before, the state after each new key) leave each event's F below goal, and below limit."""
+    reach = (value < goal).to(tl.int32)
+    pass_ = (value < limit).to(tl.int32)
+    n = new * 0
+    waiting = tl.max(pass_, 0) > 0
+    while waiting & (n < new):
+        for g in tl.static_range(KEYS):
+            if TAU:
+                q = tl.load(new_x_ptr + n + g, mask=n + g < new, other=-(1 << 62))
+                value += tl.minimum(tl.maximum(q - x, 0), one)
+                pass_ += (value < limit).to(tl.int32)
+            else:
+                rank = tl.load(new_x_ptr + n + g, mask=n + g < new, other=1 << 62)
+                value += (rank < x).to(tl.int64)
+            reach += (value < goal).to(tl.int32)
+        n += KEYS
+        waiting = tl.max((value < limit).to(tl.int32), 0) > 0
+    return reach, pass_
+
+
+@triton.jit
+def _time(states, new_t_ptr, new, c0):
+    """When an event crosses that stays below its goal for ``states`` states; past all time for never in the stretch."""
+    inside = (states > 0) & (states <= new)
+    t = tl.load(new_t_ptr + states - 1, mask=inside, other=0)
+    return tl.where(inside, t, tl.where(states == 0, c0 - 1, 0x7FFFFFFF))
+
+
+@triton.jit
+def _change(change_ptr, at, counts, total, mask, C: tl.constexpr):
+    tl.atomic_add(change_ptr + at, counts, mask=mask, sem="relaxed")  # integers: the order does not matter
+    tl.atomic_add(change_ptr + C + at, total, mask=mask, sem="relaxed")
+
+
+@triton.jit
+def _changes(change_ptr, t, sign, x, minus, reach, pass_, reach_t, pass_t, new, c0, live, C: tl.constexpr):
+    """Add a window's events to the changes of the sums, by time. Two counts lie in one int64: of the events whose F is
+    below K (low half), and of those of interior keys (high half), where a minus event ends once F is above K."""
+    old = t < c0
+    ends = tl.where(minus, pass_, reach)
+    end_t = tl.where(minus, pass_t, reach_t)
+    high = sign << 32
+    counted = old | (reach_t > t)
+    born = live & ~old & (end_t > t)
+    low = tl.where(reach_t > t, sign, 0)
+    _change(change_ptr, t - c0, high + low, low * x, born, C)
+    leaves = live & counted & (reach > 0) & (reach <= new)
+    both = tl.where(end_t == reach_t, high, 0) + sign
+    _change(change_ptr, reach_t - c0, -both, -sign * x, leaves, C)
+    leaves = live & minus & (old | (end_t > t)) & (ends > 0) & (ends <= new) & (end_t != reach_t)
+    tl.atomic_add(change_ptr + end_t - c0, -high, mask=leaves, sem="relaxed")
+
+
+@triton.jit
+def _walk(
+    table_ptr, ev_q_ptr, ev_t_ptr, rank_ptr, key_ptr, key_q_ptr, ring_ptr, new_t_ptr, new_x_ptr, change_ptr, tau_ptr,
+    interior_ptr, plus_end_ptr, minus_end_ptr, p, blocks, M, K, shift, fine, few, one, BLOCKS: tl.constexpr,
+    SPAN: tl.constexpr, EARLIER: tl.constexpr, C: tl.constexpr, WINDOW: tl.constexpr, SCAN: tl.constexpr,
+    RING: tl.constexpr, TAU: tl.constexpr,
+):  # fmt: skip
+    c0 = K + tl.minimum(p, few) * fine + tl.maximum(p - few, 0) * C
+    c1 = tl.minimum(c0 + tl.where(p < few, fine, C), M)
+    goal = K.to(tl.int64) * one
+    limit = goal
+    if TAU:
+        limit = goal + 1  # a saturated key stops being so once F(u - 1) is above K
+        tl.store(change_ptr + tl.arange(0, C), tl.zeros([C], tl.int64))
+        tl.store(change_ptr + C + tl.arange(0, C), tl.zeros([C], tl.int64))
+    low, high, count, total = _edges(table_ptr, ev_q_ptr, p, blocks, M, goal, limit, BLOCKS, SPAN, EARLIER, TAU)
+    new = _new_keys(rank_ptr, key_ptr, key_q_ptr, new_t_ptr, new_x_ptr, c0, c1, high, M, C, TAU)
+
+    base = (count << 32) + count  # of the events that have not crossed before the stretch: count twice, and total
+    base_total = total
+    passed = high  # events from here on have crossed before the stretch
+    s = tl.arange(0, SCAN)
+    w = tl.arange(0, WINDOW)
+    at = low
+    head = low * 0
+    tail = low * 0
+    code = tl.load(ev_t_ptr + at + s, mask=at + s < high, other=0).to(tl.int32)
+    more = at < high
+    while more:
+        while (tail - head < WINDOW) & (at < high):
+            following = tl.load(ev_t_ptr + at + SCAN + s, mask=at + SCAN + s < high, other=0).to(tl.int32)
+            born = code >> 1 if TAU else code
+            keep = (at + s < high) & (born < c1)
+            kept = keep.to(tl.int32)
+            slot = (tail + tl.cumsum(kept, 0) - kept) & (RING - 1)
+            tl.store(ring_ptr + slot, at + s, mask=keep)
+            tail += tl.sum(kept, 0)
+            at += SCAN
+            code = following
+        tl.debug_barrier()
+        live = head + w < tail
+        place = tl.load(ring_ptr + ((head + w) & (RING - 1)), mask=live, other=0)
+        event = tl.load(ev_t_ptr + place, mask=live, other=0).to(tl.int32)
+        if TAU:
+            t = event >> 1
+            minus = (event & 1) == 1
+            x = tl.load(ev_q_ptr + place, mask=live, other=0)
+            sign = tl.where(minus, -1, 1).to(tl.int64)
+            old = live & (t < c0)
+            signs = tl.where(old, sign, 0)
+            weights = signs * x
+            value = total + tl.cumsum(weights, 0) - weights - (count + tl.cumsum(signs, 0) - signs) * x
+            count += tl.sum(signs, 0)
+            total += tl.sum(weights, 0)
+            below = value < goal
+            own = (tl.where(below | (minus & (value < limit)), signs, 0) << 32) + tl.where(below, signs, 0)
+            base += tl.sum(own, 0)
+            base_total += tl.sum(tl.where(below, weights, 0), 0)
+        else:
+            t = event
+            x = place.to(tl.int64)
+            olds = (live & (t < c0)).to(tl.int64)
+            value = count + tl.cumsum(olds, 0) - olds
+            count += tl.sum(olds, 0)
+        done = tl.max((live & (value >= limit)).to(tl.int32), 0) > 0
+        value = tl.where(live, value, limit)
+        reach, pass_ = _run(value, x, new_x_ptr, new, one, goal, limit, TAU)
+        reach_t = _time(reach, new_t_ptr, new, c0)
+        if TAU:
+            pass_t = _time(pass_, new_t_ptr, new, c0)
+            _changes(change_ptr, t, sign, x, minus, reach, pass_, reach_t, pass_t, new, c0, live, C)
+            ends = live & (pass_ <= new) & ((t >= c0) | (pass_ > 0))
+            tl.store(minus_end_ptr + t, tl.maximum(pass_t, t) + shift, mask=ends & minus)
+            ends = live & (reach <= new) & ((t >= c0) | (reach > 0)) & ~minus
+        else:
+            ends = live & (reach <= new) & ((t >= c0) | (reach > 0))
+        tl.store(plus_end_ptr + t, tl.maximum(reach_t, t) + shift, mask=ends)
+        if done:
+            passed = tl.max(tl.where(live, place, 0), 0) + 1
+        head += WINDOW
+        tl.debug_barrier()
+        more = ~done & ((at < high) | (head < tail))
+    _finish(
+        rank_ptr, key_ptr, key_q_ptr, change_ptr, tau_ptr, interior_ptr, plus_end_ptr, minus_end_ptr, c0, c1, low,
+        passed, base, base_total, goal, shift, M, one, C, TAU,
+    )  # fmt: skip
+
+
+@triton.jit
+def _finish(
+    rank_ptr, key_ptr, key_q_ptr, change_ptr, tau_ptr, interior_ptr, plus_end_ptr, minus_end_ptr, c0, c1, low, passed,
+    base, base_total, goal, shift, M, one, C: tl.constexpr, TAU: tl.constexpr,
+):  # fmt: skip
+    """The new keys whose events lie outside of the range, and the results by query."""
+    t = c0 + tl.arange(0, C)
+    live = t < c1
+    if TAU:
+        plus_at = tl.load(key_ptr + t, mask=live, other=0)
+        minus_at = tl.load(key_ptr + M + t, mask=live, other=0)
+        q = tl.load(key_q_ptr + t, mask=live, other=0)
+        plus = live & (plus_at < low)
+        minus = live & (minus_at < low)
+        sign = plus.to(tl.int64) - minus.to(tl.int64)
+        counts = tl.load(change_ptr + t - c0, mask=live, other=0, cache_modifier=".cg") + sign + (sign << 32)
+        totals = tl.load(change_ptr + C + t - c0, mask=live, other=0, cache_modifier=".cg")
+        totals += tl.where(plus, q, 0) - tl.where(minus, q - one, 0)
+        counts = base + tl.cumsum(counts, 0)
+        totals = base_total + tl.cumsum(totals, 0)
+        count = (counts << 32) >> 32
+        interior = (counts - count) >> 32
+        tau = (totals - goal).to(tl.float64) / (tl.maximum(count, 1).to(tl.float64) * one.to(tl.float64))
+        tl.store(tau_ptr + t + shift, tau.to(tl.float32), mask=live)
+        tl.store(interior_ptr + t + shift, interior.to(tl.int32), mask=live)
+        tl.store(minus_end_ptr + t, t + shift, mask=live & (minus_at >= passed))
+    else:
+        plus_at = tl.load(rank_ptr + t, mask=live, other=0)
+    tl.store(plus_end_ptr + t, t + shift, mask=live & (plus_at >= passed))
+
+
+@triton.jit(do_not_specialize=["K", "M", "N", "shift", "fine", "few", "blocks"])
+def walk_kernel(
+    table_ptr, us_ptr, ev_q_ptr, ev_t_ptr, order_ptr, key_ptr, key_q_ptr, ring_ptr, new_t_ptr, new_x_ptr, change_ptr,
+    tau_ptr, interior_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, blocks, M, N, shift, K, fine, few, LOG: tl.constexpr,
+    BLOCKS: tl.constexpr, SPAN: tl.constexpr, EARLIER: tl.constexpr, C: tl.constexpr, WINDOW: tl.constexpr,
+    SCAN: tl.constexpr, RING: tl.constexpr,
+):  # fmt: skip
+    """The results of a stretch of queries and of the keys that change in it, for tau (axis 0 even) or the rank (odd).
+
+    Program axis 1: the stretch; the first ones, in which most happens, start first. ``few`` stretches have ``fine``
+    keys, the others C. ``shift`` is the window: prefix t is query t + shift's. Scratch by program: ring int32 [RING],
+    new_t int32 [C], new_x int64 [C], change int64 [2, C].
+    """
+    row = tl.program_id(0).to(tl.int64) // 2
+    p = tl.program_id(1)
+    task = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + p
+    table_ptr += row * (tl.num_programs(1) + 1) * 3 * blocks
+    key_ptr += row * 3 * M
+    ring_ptr += task * RING
+    new_t_ptr += task * C
+    new_x_ptr += task * C
+    if tl.program_id(0) % 2 == 0:
+        one = fixed_point(us_ptr + row * M, M, LOG)
+        _walk(
+            table_ptr, ev_q_ptr + row * 2 * M, ev_t_ptr + row * 2 * M, key_ptr + 2 * M, key_ptr, key_q_ptr + row * M,
+            ring_ptr, new_t_ptr, new_x_ptr, change_ptr + task * 2 * C, tau_ptr + row * N, interior_ptr + row * N,
+            sup_end_ptr + row * N, sat_end_ptr + row * N, p, blocks, M, K, shift, fine, few, one, BLOCKS, SPAN,
+            EARLIER, C, WINDOW, SCAN, RING, True,
+        )  # fmt: skip
+    else:
+        one = tl.full([], 1, tl.int64)
+        _walk(
+            table_ptr, ev_q_ptr, order_ptr + row * M, key_ptr + 2 * M, key_ptr, key_q_ptr, ring_ptr, new_t_ptr,
+            new_x_ptr, change_ptr, tau_ptr, interior_ptr, expiry_ptr + row * N, expiry_ptr, p, blocks, M, K, shift,
+            fine, few, one, BLOCKS, SPAN, EARLIER, C, WINDOW, SCAN, RING, False,
+        )  # fmt: skip

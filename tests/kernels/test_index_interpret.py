@@ -1,0 +1,114 @@
+"""Threshold and schedule in Triton's interpreter, cut so finely that short rows take every path of long ones."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from sparsek_tune import launch, reference
+from sparsek_tune.kernel_templates import schedule, threshold
+from sparsek_tune.kernel_templates.base import Config
+
+pytestmark = [
+    pytest.mark.interpret,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"),
+]
+
+LIMIT = 2.0**20  # where threshold clamps
+SCORES = {
+    "random": lambda x, at: 3 * x,
+    "ties": lambda x, at: (2 * x).round() / 2,
+    "equal": lambda x, at: 0 * x + 0.25,
+    "rising": lambda x, at: at / 8,
+    "steep": lambda x, at: 8.0 * at,
+    "falling": lambda x, at: -at / 8,
+    "slope": lambda x, at: x + 1e-3 * at,
+    "all dropped at once": lambda x, at: torch.where(at < at.numel() // 2, 0.0, 1000.0),
+    "a denser half": lambda x, at: torch.where(at < at.numel() // 2, x, 0.01 * x + 3),
+    "signed zeros": lambda x, at: (0 * at).copysign(x),
+    "minus infinity": lambda x, at: torch.where(x > 0, x, float("-inf")),
+    "huge": lambda x, at: 1e30 * x,
+}
+# Several sorted chunks, stretches of two lengths, blocks of the table, scans and windows of the ring.
+SMALL = Config(SORT=32, CHUNK=16, WINDOW=32, SCAN=16, sort_warps=1, walk_warps=1)
+OTHERS = [
+    Config({**SMALL, "SORT": 0, "CHUNK": 64, "WINDOW": 16}),  # torch.sort; windows that an event range fills often
+    Config({**SMALL, "SORT": 128, "SCAN": 64, "WINDOW": 16}),  # more is scanned at once than a window takes
+    Config({**SMALL, "SORT": 4, "CHUNK": 32, "WINDOW": 128}),  # too many chunks to merge
+]
+
+
+def make_scores(kind: str, n: int, rows: int = 1) -> torch.Tensor:
+    noise = torch.randn((1, rows, n), generator=torch.Generator().manual_seed(n))
+    return SCORES[kind](noise, torch.arange(n).float()).expand(1, rows, n).contiguous()
+
+
+@pytest.fixture
+def short_stretches(monkeypatch):
+    monkeypatch.setattr(threshold, "FINE", 4)
+
+
+@pytest.mark.parametrize("kind", SCORES)
+@pytest.mark.parametrize(("n", "k", "w", "rows"), [(130, 9, 7, 2), (100, 60, 0, 1)])
+def test_selection(kind, n, k, w, rows, short_stretches):
+    u = make_scores(kind, n, rows)
+    got, expected = launch.threshold(u, k, w, SMALL), reference.select(u.double(), k, w)
+    assert torch.equal(got.expiry, expected.expiry)
+    expected = reference.select(u.double().clamp(-LIMIT, LIMIT), k, w)
+    torch.testing.assert_close(got.tau.double(), expected.tau, rtol=1e-6, atol=1e-6)
+    for name in ("sat_end", "sup_end", "interior"):
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("k", [1, 93, 94, 95, 200])
+def test_budgets_around_the_number_of_candidates(k):
+    u = make_scores("random", 100)
+    got, expected = launch.threshold(u, k, 6, SMALL), reference.select(u.double(), k, 6)
+    torch.testing.assert_close(got.tau.double(), expected.tau, rtol=1e-6, atol=1e-6)
+    assert all(torch.equal(x, y) for x, y in zip(got[1:], expected[1:], strict=True))
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "rising", "all dropped at once"])
+@pytest.mark.parametrize("running_sums", [False, True])
+def test_results_do_not_depend_on_the_config(kind, running_sums, short_stretches, monkeypatch):
+    monkeypatch.setattr(threshold, "FEW", 2 if running_sums else 1 << 20)
+    u = make_scores(kind, 130, 2)
+    results = [launch.threshold(u, 9, 5, config) for config in (SMALL, *OTHERS)]
+    assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("m", [2, 3, 100, 8192, 1 << 20, 1 << 29])
+@pytest.mark.parametrize("budget", [lambda m: 1, lambda m: m // 100 + 1, lambda m: m // 2, lambda m: m - 1])
+@pytest.mark.parametrize("chunk", [64, 1024])
+def test_cuts_cover_the_row_and_stay_bounded(m, budget, chunk):
+    k = budget(m)
+    c = threshold.cuts(m, k, chunk)
+    assert c.few * c.fine + (c.stretches - c.few) * c.chunk >= m - k
+    assert c.fine * max(0, c.few - 1) + c.chunk * max(0, c.stretches - c.few - 1) < m - k  # none is empty
+    assert (c.blocks - 1) * c.span < 2 * m <= c.blocks * c.span
+    assert c.blocks <= 1024 and c.stretches <= 4096 + 512
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "rising", "falling"])
+@pytest.mark.parametrize(("n", "k", "w", "block"), [(130, 12, 7, 16), (100, 40, 0, 64), (50, 60, 3, 8)])
+def test_schedule_lays_out_every_part(kind, n, k, w, block, monkeypatch):
+    monkeypatch.setattr(schedule, "FANOUT", 2)
+    selection = reference.select(make_scores(kind, n), k, w)
+    size, expiry, sat_end = 16, selection.expiry.flatten(), selection.sat_end.flatten()
+    lists = launch.schedule(selection, k, w, Config(SEGMENT=size, BLOCK=block, num_warps=1))
+    j = torch.arange(n)
+    for segment, begin in enumerate(range(0, n, size)):
+        end = min(begin + size, n)
+        before = (j + w < begin) & (expiry > begin)
+        dropped = j[before & (expiry < end)]
+        stays, whole = before & (expiry >= end), sat_end >= end
+        born = j[(j + w >= begin) & (j + w < end) & (expiry > j + w)]
+        parts = [dropped[expiry[dropped].argsort()], j[stays & ~whole], j[stays & whole], born]
+        ends = torch.tensor([len(p) for p in parts]).cumsum(0)
+        assert lists.bounds[0, segment].tolist() == ends.tolist()
+        assert lists.keys[0, segment, : ends[3]].tolist() == torch.cat(parts).tolist()
+        query = torch.arange(begin, end)[:, None]
+        assert lists.start[0, begin:end].tolist() == (expiry[dropped] <= query).sum(1).tolist()
+        assert lists.stop[0, begin:end].tolist() == (ends[2] + (born + w <= query).sum(1)).tolist()
