@@ -5,6 +5,11 @@
 
 Each attention layer scores its keys with one linear map per KV head, plus a slope over positions that lets old keys
 drain out: ``u_i = W x_i + 1e-3 i``. A query attends its last ``--window`` keys and the ``--k`` best scored before them.
+
+    python examples/train_bytes.py --dim 1024 --record trained.pt --record-length 131072
+
+also records what the attention of the trained model was given, all layers side by side along the heads, as input for
+``sparsek-tune bench --distribution trained --recorded trained.pt``: these sizes give 32 query and 8 KV heads of 128.
 """
 
 from __future__ import annotations
@@ -38,11 +43,15 @@ class Attention(nn.Module):
         if self.sparse:
             self.scorer = nn.Linear(args.dim, self.kv_heads, bias=False)
 
+    def project(self, x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [B, Hq, N, D], key and value [B, Hkv, N, D]."""
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head)).transpose(1, 2)  # [B, H, N, D], stored as [B, N, H, D]
+        query, key, value = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        return rotate(query, angles), rotate(key, angles), value
+
     def forward(self, x: Tensor, angles: Tensor) -> Tensor:
         b, n, dim = x.shape
-        qkv = self.qkv(x).view(b, n, -1, self.head).transpose(1, 2)  # [B, H, N, D], stored as [B, N, H, D]
-        query, key, value = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        query, key = rotate(query, angles), rotate(key, angles)
+        query, key, value = self.project(x, angles)
         if self.sparse:
             y = sparsek_attention(query, key, value, self.scores(x), self.k, window=self.window)
         else:
@@ -86,7 +95,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(args.dim, 256, bias=False)
         half = args.dim // args.heads // 2
         frequencies = 10000.0 ** (-torch.arange(half) / half)
-        self.register_buffer("angles", torch.outer(torch.arange(args.context), frequencies))
+        self.register_buffer("angles", torch.outer(torch.arange(max(args.context, args.record_length)), frequencies))
 
     def forward(self, text: Tensor, target: Tensor) -> Tensor:
         x = self.embed(text)
@@ -129,10 +138,38 @@ def grades(args: argparse.Namespace) -> dict[str, str]:
     return {name: f"{r.grade}: {r.reason}" for name, r in plan.items()}
 
 
+@torch.no_grad()
+def record(model: Decoder, text: Tensor, args: argparse.Namespace) -> dict[str, Tensor]:
+    """What every attention layer is given in one forward pass over the first ``--record-length`` bytes.
+
+    Returns query [1, layers * Hq, L, D], key and value [1, layers * Hkv, L, D] (bfloat16) and scores
+    [1, layers * Hkv, L] (float32), on the CPU.
+    """
+    found: dict[str, list[Tensor]] = {name: [] for name in ("query", "key", "value", "scores")}
+
+    def hook(attention: Attention, inputs: tuple[Tensor, Tensor]) -> None:
+        tensors = (x.bfloat16() for x in attention.project(*inputs))
+        for name, x in zip(found, (*tensors, attention.scores(inputs[0])), strict=True):
+            found[name].append(x.cpu())
+
+    hooks = [block.attention.register_forward_pre_hook(hook) for block in model.blocks]
+    row = text[None, : args.record_length + 1].to(args.device).long()
+    with autocast(args):
+        model(row[:, :-1], row[:, 1:])
+    for h in hooks:
+        h.remove()
+    return {name: torch.cat(layers, dim=1).contiguous() for name, layers in found.items()}
+
+
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    """bfloat16 on a GPU."""
+    kind = torch.device(args.device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
+
+
 def train(args: argparse.Namespace) -> dict[str, object]:
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    cuda = torch.device(args.device).type == "cuda"
     text = corpus()
     model = Decoder(args).to(args.device)
     scorers = [block.attention.scorer.weight for block in model.blocks if args.attention == "sparse"]
@@ -144,7 +181,7 @@ def train(args: argparse.Namespace) -> dict[str, object]:
     losses: list[Tensor] = []
     start = 0.0
     for step in range(args.steps):
-        with torch.autocast(args.device.partition(":")[0], torch.bfloat16, enabled=cuda):
+        with autocast(args):
             loss = step_loss(*batch(text, args, generator))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -157,6 +194,8 @@ def train(args: argparse.Namespace) -> dict[str, object]:
         if step == 0:  # which compiled everything
             start = time.perf_counter()
     seconds = time.perf_counter() - start if args.steps > 1 else math.nan
+    if args.record:
+        torch.save(record(model, text, args), args.record)
     return {
         "attention": args.attention,
         "losses": [x.item() for x in losses],
@@ -184,7 +223,17 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--log-every", type=int, default=10, metavar="STEPS")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write losses and all that is printed at the end")
-    return parser.parse_args(argv)
+    parser.add_argument("--record", type=Path, metavar="FILE", help="save the trained model's queries, keys, ... there")
+    parser.add_argument(
+        "--record-length", type=int, default=0, help="bytes of that; may exceed the context  [default: the context]"
+    )
+    args = parser.parse_args(argv)
+    args.record_length = args.record_length or args.context
+    if args.record and args.attention == "dense":
+        parser.error("--record needs --attention sparse: dense attention has no scores")
+    if args.record and not args.record.absolute().parent.is_dir():
+        parser.error(f"--record: the folder {args.record.absolute().parent} does not exist")
+    return args
 
 
 def main(argv: list[str] | None = None) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """The command line. Data goes to stdout, progress and messages to stderr.
 
-Exit codes: 0 ok, 1 something is broken (doctor), 2 usage, 3 no GPU where one is required, 4 database, 5 nothing usable
-found, 130 interrupted. Heavy imports are inside the commands, so that ``--help`` is quick.
+Exit codes: 0 ok, 1 something is broken (doctor, bench), 2 usage, 3 no GPU where one is required, 4 database, 5 nothing
+usable found, 130 interrupted. Heavy imports are inside the commands, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
@@ -9,13 +9,17 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from sparsek_tune import __version__
+from sparsek_tune.bench.arguments import bench_options
+from sparsek_tune.bench.cases import PEERS, Case
 from sparsek_tune.presets import MODELS, Shape
 from sparsek_tune.presets import shapes as all_shapes
 from sparsek_tune.problem import Device, current_device, target_device
@@ -25,7 +29,7 @@ if TYPE_CHECKING:
     from sparsek_tune.db.store import Summary
     from sparsek_tune.tune import Row
 
-NO_GPU, DATABASE, NOTHING, INTERRUPTED = 3, 4, 5, 130
+BROKEN, NO_GPU, DATABASE, NOTHING, INTERRUPTED = 1, 3, 4, 5, 130
 FIELDS = ",".join(Shape.__dataclass_fields__)
 
 
@@ -53,7 +57,7 @@ def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
             fault = Fault("interrupted", INTERRUPTED)
         except click.ClickException as error:
             fault = error
-        if kwargs.get("as_json"):
+        if kwargs.get("as_json") or kwargs.get("json_file") == Path("-"):
             results = fault.results if isinstance(fault, Fault) else {}
             _print_json(**results, error=fault.format_message(), exit_code=fault.exit_code)
         raise fault
@@ -128,8 +132,8 @@ def main() -> None:
     Tuned configs are kept in one SQLite file: $SPARSEK_TUNE_CACHE, else $XDG_CACHE_HOME/sparsek-tune/cache.db, else
     ~/.cache/sparsek-tune/cache.db. Programs that import sparsek_tune.ops are served from it.
 
-    Exit codes: 0 ok, 1 something is broken (doctor), 2 usage, 3 no GPU where one is required, 4 database, 5 nothing
-    usable found, 130 interrupted.
+    Exit codes: 0 ok, 1 something is broken (doctor, bench), 2 usage, 3 no GPU where one is required, 4 database, 5
+    nothing usable found, 130 interrupted.
     """
 
 
@@ -287,7 +291,69 @@ def doctor(as_json: bool) -> None:
     else:
         table("", ("subject", "state", "found", "to mend"), [(f.subject, f.level, f.found, f.mend) for f in findings])
     if any(f.level == "broken" for f in findings):
-        sys.exit(1)
+        sys.exit(BROKEN)
+
+
+@main.command()
+@_shape_options
+@bench_options
+@device_option
+@_guarded
+def bench(
+    models: tuple[str, ...], texts: tuple[str, ...], distributions: tuple[str, ...], recorded: Path | None,
+    peers: tuple[str, ...], backward: bool, seconds: float, peer_limit: float, seed: int, index: int | None,
+    json_file: Path | None, plot_file: Path | None, source: Path | None,
+) -> None:  # fmt: skip
+    """Time every stage and the whole operator beside dense and sparse attention of others.
+
+    Results are checked against the reference before they are timed. Cold L2, medians, 95 % intervals. Without --shape:
+    lengths from 4096 to 131072 with k=512 and k=1024. A peer that is missing or fails is reported and left out.
+    """
+    from sparsek_tune.bench import arguments, plot, report
+
+    arguments.check_files(json_file, plot_file)
+    if source is not None and (json_file or models or texts or recorded):
+        raise click.UsageError("--from takes --plot alone: it measures nothing")
+    if source is not None:
+        document, wrong = arguments.earlier(source), []
+    else:
+        wanted = arguments.cases_of(models, texts, distributions)
+        options = {"seconds": seconds, "peer_limit": peer_limit, "seed": seed, "backward": backward}
+        options["recorded"] = arguments.recording(recorded, wanted)
+        device = _gpu(index)
+        if device is None:
+            raise Fault("there is no GPU here, and the benchmark needs one", NO_GPU)
+        document = _measure(wanted, device, peers or PEERS, options, json_file)
+        wrong = report.failures(document)
+    if json_file != arguments.STDOUT:
+        report.show(document)
+    if plot_file is not None:
+        plot.draw(document, plot_file)
+    if wrong:
+        raise Fault("failed: " + "; ".join(wrong), BROKEN, **document)
+    if json_file == arguments.STDOUT:
+        _print_json(**document)
+
+
+def _measure(
+    wanted: Sequence[Case], device: Device, peers: Sequence[str], options: Mapping[str, Any], json_file: Path | None
+) -> dict[str, Any]:
+    """The document of a run; kept up to date in the file, if one is named."""
+    from sparsek_tune.bench import arguments, machine, report
+    from sparsek_tune.bench.peers import BY_NAME
+    from sparsek_tune.bench.run import Bench, Settings
+
+    file = None if json_file == arguments.STDOUT else json_file
+    save = functools.partial(report.write, file) if file else lambda document: None
+    run = Bench(machine.Cuda(device.l2), device, Settings(**options), functools.partial(click.echo, err=True), save)
+    command = shlex.join(["sparsek-tune", *sys.argv[1:]])
+    try:
+        return run.run(wanted, [BY_NAME[name] for name in dict.fromkeys(peers) if name != "none"], command)
+    except KeyboardInterrupt:
+        kept = f": what was measured is in {file}" if file else ""
+        raise Fault(f"interrupted{kept}", INTERRUPTED, **run.document) from None
+    except OSError as error:
+        raise Fault(f"{file} cannot be written any more: {error}", BROKEN, **run.document) from error
 
 
 if __name__ == "__main__":
