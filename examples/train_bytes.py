@@ -225,7 +225,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write losses and all that is printed at the end")
     parser.add_argument("--record", type=Path, metavar="FILE", help="save the trained model's queries, keys, ... there")
     parser.add_argument(
-        "--record-length", type=int, default=0, help="bytes of that; may exceed the context  [default: the context]"
+        "--record-length", type=int, default=0, help="bytes of that; by default the context"
     )
     args = parser.parse_args(argv)
     args.record_length = args.record_length or args.context

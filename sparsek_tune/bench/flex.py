@@ -1,7 +1,9 @@
 """FlexAttention with the same sparsity, as strong as it can be made: keys sorted by expiry, block mask from intervals.
 
-Key j is seen by the queries [j, expiry_j), window included. In order of expiry, keys that are dropped together lie
-together, so that most blocks of the mask are empty or full. KV heads become batches: each has an order of its own.
+Key j is seen by the queries [j, expiry_j), window included. First come the keys that are selected at all, then those
+that only a window sees, by position; without a window nobody sees them, and their blocks are empty. The first are
+sorted by expiry, so that those that are dropped together lie together, or by position, where scores rise: whichever
+leaves fewer blocks. KV heads become batches: each has an order of its own.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ BLOCK = 128
 
 
 class Permuted(NamedTuple):
-    """query, dout [rows, G, N, D]; key, value [rows, 1, N, D]; born, expiry [rows, N] int32: key p, in order of expiry,
-    is seen by the queries [born, expiry). rows: batches times KV heads."""
+    """query, dout [rows, G, N, D]; key, value [rows, 1, N, D]; born, expiry [rows, N] int32: the key at a place of the
+    new order is seen by the queries [born, expiry). rows: batches times KV heads."""
 
     query: Tensor
     key: Tensor
@@ -31,10 +33,26 @@ class Permuted(NamedTuple):
     expiry: Tensor
 
 
-def permute(i: Inputs) -> Permuted:
-    """The inputs with the keys of every KV head in order of expiry."""
-    expiry, order = sparsek_select(i.scores, i.k, window=i.window)[1].flatten(0, 1).sort(dim=-1, stable=True)
-    heads = i.key.shape[1]
+def arrange(i: Inputs) -> tuple[Permuted, BlockMask]:
+    """The inputs with the keys of every KV head in the order that leaves fewer blocks, and its block mask."""
+    found = [(p, block_mask(p.born, p.expiry)) for p in (permute(i, "expiry"), permute(i, "position"))]
+    return min(found, key=lambda pair: count(pair[1]))
+
+
+def count(mask: BlockMask) -> int:
+    """The number of blocks that are computed."""
+    assert mask.full_kv_num_blocks is not None
+    return int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum())
+
+
+def permute(i: Inputs, by: str) -> Permuted:
+    """The inputs with the keys of every KV head in order; by: "expiry" or "position"."""
+    expiry = sparsek_select(i.scores, i.k, window=i.window)[1].flatten(0, 1)
+    n, heads = expiry.shape[1], i.key.shape[1]
+    never = expiry <= torch.arange(n, device=expiry.device) + i.window
+    rank = expiry.long() if by == "expiry" else torch.arange(n, device=expiry.device)
+    order = (rank + never * (n + 1)).argsort(dim=-1, stable=True)
+    expiry = expiry.gather(1, order)
     query, dout = (x.unflatten(1, (heads, -1)).flatten(0, 1).contiguous() for x in (i.query, i.dout))
     index = order[..., None].expand(*order.shape, i.key.shape[-1])
     key, value = (x.flatten(0, 1).gather(1, index)[:, None].contiguous() for x in (i.key, i.value))
@@ -93,8 +111,7 @@ def _ordered(mask: Tensor) -> tuple[Tensor, Tensor]:
 def prepare(i: Inputs, compile: bool = True) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], Tensor]:
     """(function of query, key, value; these tensors; dout), all permuted. compile: False runs it in eager mode, by
     definition: slow, and without the block mask's help. The output is [rows, G, N, D]."""
-    p = permute(i)
-    mask = block_mask(p.born, p.expiry)
+    p, mask = arrange(i)
     if compile:
         torch._dynamo.reset()  # every case is compiled for its own sizes
     call = torch.compile(flex_attention, dynamic=False) if compile else flex_attention
