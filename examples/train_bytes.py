@@ -224,9 +224,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--log-every", type=int, default=10, metavar="STEPS")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write losses and all that is printed at the end")
     parser.add_argument("--record", type=Path, metavar="FILE", help="save the trained model's queries, keys, ... there")
-    parser.add_argument(
-        "--record-length", type=int, default=0, help="bytes of that; by default the context"
-    )
+    parser.add_argument("--record-length", type=int, default=0, help="bytes of that; by default the context")
     args = parser.parse_args(argv)
     args.record_length = args.record_length or args.context
     if args.record and args.attention == "dense":

@@ -10,11 +10,11 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent))
 
-import fake_machine  # noqa: E402
+import fake_machine
 
-from sparsek_tune import cli  # noqa: E402
-from sparsek_tune.bench import machine, ours  # noqa: E402
-from sparsek_tune.problem import target_device  # noqa: E402
+from sparsek_tune import cli
+from sparsek_tune.bench import machine, ours
+from sparsek_tune.problem import target_device
 
 DEVICE = replace(target_device("cuda:90"), name="a CPU in disguise")
 

@@ -11,7 +11,8 @@ from sparsek_tune.presets import Shape
 
 
 @pytest.mark.parametrize(
-    ("n", "k", "w"), [(50, 7, 0), (50, 7, 9), (50, 1, 1), (50, 80, 0), (50, 80, 12), (50, 5, 50), (50, 5, 99), (1, 1, 0)]
+    ("n", "k", "w"),
+    [(50, 7, 0), (50, 7, 9), (50, 1, 1), (50, 80, 0), (50, 80, 12), (50, 5, 50), (50, 5, 99), (1, 1, 0)],
 )
 def test_attended_counts_what_the_reference_selects(n, k, w):
     u = torch.randn(1, 1, n, generator=torch.Generator().manual_seed(n))

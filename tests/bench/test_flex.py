@@ -36,7 +36,10 @@ def test_blocks_are_those_that_torch_finds_with_the_whole_mask(n, w, k, scores, 
     assert got.seq_lengths == want.seq_lengths and got.shape == want.shape
     assert torch.equal(got.to_dense(), want.to_dense())
     for name in ("kv", "q"):
-        for count, index in ((f"{name}_num_blocks", f"{name}_indices"), (f"full_{name}_num_blocks", f"full_{name}_indices")):
+        for count, index in (
+            (f"{name}_num_blocks", f"{name}_indices"),
+            (f"full_{name}_num_blocks", f"full_{name}_indices"),
+        ):
             a, b = (_sets(getattr(m, count), getattr(m, index)) for m in (got, want))
             if n % 128 == 0 or not count.startswith("full"):
                 assert a == b, count
@@ -47,12 +50,12 @@ def _sets(count, index):
     return [set(i[:c].tolist()) for c, i in zip(count.flatten(), index.flatten(0, -2), strict=True)]
 
 
-@pytest.mark.parametrize(("scores", "least"), [("iid", 0.45), ("slope", 0.3)])
+@pytest.mark.parametrize(("scores", "least"), [("iid", 0.4), ("slope", 0.3)])
 def test_the_order_makes_it_a_strong_peer(scores, least):
     """Of the pairs in the blocks that it computes, the part that the mask keeps; and the better of two orders."""
-    i = make(4096, 0, 512, scores=scores)
+    i = make(2048, 0, 256, scores=scores)
     p, mask = flex.arrange(i)
-    useful = len(p.born) * attended(4096, 512, 0) / (flex.count(mask) * 128 * 128)
+    useful = len(p.born) * attended(2048, 256, 0) / (flex.count(mask) * 128 * 128)
     assert useful > least and mask.full_kv_num_blocks.sum() > 0
     both = [flex.permute(i, by) for by in ("expiry", "position")]
     assert flex.count(mask) == min(flex.count(flex.block_mask(q.born, q.expiry)) for q in both)

@@ -77,7 +77,6 @@ def test_nsa_gets_blocks_and_fewer_kv_heads(monkeypatch):
 
     fake(monkeypatch, "fla.ops.nsa", parallel_nsa=parallel_nsa)
     shape = Shape(hq=32, hkv=8, d=16, n=1000, k=192, w=64, dtype="fp32")
-    peers.ready(peers.BY_NAME["nsa"], inputs.make(Case(shape, "iid"), 0, "cpu")).both
     i = inputs.make(Case(shape, "iid"), 0, "cpu")
     peers.ready(peers.BY_NAME["nsa"], i).forward()
     q, k, v, options = calls[0]

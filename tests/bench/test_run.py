@@ -55,7 +55,11 @@ def test_the_document(cpu, device):
     assert len(document["cases"]) == len(CASES) == len(saved) / 2
     for case, c in zip(CASES, document["cases"], strict=True):
         assert c["problem"] == vars(case.shape) and c["distribution"] == case.distribution and "error" not in c
-        assert list(c["stages"]) == list(STAGES) and set(c["totals"]) == {"forward", "forward_graph", "forward_backward"}
+        assert list(c["stages"]) == list(STAGES) and set(c["totals"]) == {
+            "forward",
+            "forward_graph",
+            "forward_backward",
+        }
         for time in (*c["stages"].values(), *c["totals"].values(), c["sort"], *c["host_us"].values()):
             assert 0 < time["low"] <= time["median"] <= time["high"] and time["samples"] >= 3
         assert set(c["host_us"]) == {"forward", "forward_with_grad"}
@@ -141,7 +145,9 @@ def test_one_timing_serves_all_distributions_where_scores_do_not_matter(cpu, dev
     assert len(made) == len(CASES) + len(CASES) // 2
     first, second = (c["peers"]["unscored"] for c in document["cases"][:2])
     assert first["forward"] == second["forward"] and second["measured_with"] == str(CASES[0])
-    assert second["ratio"]["forward"] == first["forward"]["median"] / document["cases"][1]["totals"]["forward"]["median"]
+    assert (
+        second["ratio"]["forward"] == first["forward"]["median"] / document["cases"][1]["totals"]["forward"]["median"]
+    )
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -1,0 +1,175 @@
+"""``sparsek-tune bench`` from its options to its files, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+from document import document, entry
+
+from sparsek_tune import cli
+from sparsek_tune.bench import check, plot, report, run
+from sparsek_tune.bench.cases import LENGTHS
+
+TINY = ("--shape", "hq=4,hkv=2,d=16,n=96,k=16,w=8,dtype=fp32", "--seconds", "0.01")
+
+
+def invoke(*args):
+    return CliRunner().invoke(cli.main, ["bench", *map(str, args)])
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(cli, "_gpu", lambda index: None)
+
+
+def test_tables_document_and_plot(cpu, tmp_path):
+    file, picture = tmp_path / "b.json", tmp_path / "b.png"
+    distributions = ("--distribution", "iid", "--distribution", "slope")
+    result = invoke(*TINY, *distributions, "--peer", "flash", "--peer", "cudnn", "--json", file, "--plot", picture)
+    assert result.exit_code == 0, result.output + str(result.exception)
+    found = json.loads(file.read_text())
+    assert [c["distribution"] for c in found["cases"]] == ["iid", "slope"]
+    assert found["cases"][0]["peers"]["flash"]["forward"]["median"] > 0 and found["command"].startswith("sparsek-tune")
+    assert "failed" in found["cases"][0]["peers"]["cudnn"]  # the CPU has none, and that is all that happens
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "threshold" in result.stdout and "flash" in result.stdout and "1/2 n=96" in result.stderr
+    again = invoke("--from", file, "--plot", tmp_path / "again.png")
+    assert again.exit_code == 0 and again.stdout == result.stdout
+    assert (tmp_path / "again.png").read_bytes() == picture.read_bytes()
+
+
+def test_json_on_stdout_replaces_the_tables(cpu):
+    result = invoke(*TINY, "--peer", "none", "--json", "-", "--no-backward")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["schema"] == 1 and len(found["cases"]) == 1 and found["cases"][0]["peers"] == {}
+
+
+def test_a_failed_check_is_exit_code_1(cpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(check, "at_length", lambda *args: check.Verdict({"out": 0.5}, "out is wrong", 1e-5))
+    result = invoke(*TINY, "--peer", "none", "--json", tmp_path / "b.json")
+    assert result.exit_code == 1 and "out is wrong" in result.stderr and "out is wrong" in result.stdout
+    assert json.loads((tmp_path / "b.json").read_text())["cases"][0]["failed_check"]
+    piped = json.loads(invoke(*TINY, "--peer", "none", "--json", "-").stdout)
+    assert piped["exit_code"] == 1 and "out is wrong" in piped["error"] and piped["cases"]
+
+
+def test_interrupted_keeps_what_was_measured(cpu, monkeypatch, tmp_path):
+    right, calls = run.Bench._ours, []
+
+    def second(self, case, entry):
+        calls.append(case)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        right(self, case, entry)
+
+    monkeypatch.setattr(run.Bench, "_ours", second)
+    both = ("--distribution", "iid", "--distribution", "slope", "--peer", "none")
+    result = invoke(*TINY, *both, "--json", tmp_path / "b.json")
+    assert result.exit_code == 130 and "what was measured is in" in result.stderr
+    (kept,) = report.read(tmp_path / "b.json")["cases"]
+    assert kept["distribution"] == "iid" and kept["totals"]
+
+
+def test_killed_keeps_what_was_measured(tmp_path):
+    """SIGKILL after the first of two cases."""
+    code = (
+        "import os, signal, sys; sys.path[:0] = [sys.argv[1]]\n"
+        "import fake_machine; from sparsek_tune import cli; from sparsek_tune.bench import machine, ours, run\n"
+        "from sparsek_tune.problem import target_device\n"
+        "cli._gpu = lambda index: target_device('cuda:90')\n"
+        "machine.Cuda = fake_machine.Cpu; ours.stages = fake_machine.reference_stages\n"
+        "right = run.Bench._ours\n"
+        "def ours_(self, case, entry):\n"
+        "    if case.distribution == 'slope': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    right(self, case, entry)\n"
+        "run.Bench._ours = ours_\n"
+        "cli.main(['bench', *sys.argv[2:]])"
+    )
+    file = tmp_path / "b.json"
+    options = (*TINY, "--distribution", "iid", "--distribution", "slope", "--peer", "none", "--json", str(file))
+    done = subprocess.run([sys.executable, "-c", code, str(__file__).rsplit("/", 1)[0], *options], capture_output=True)
+    assert done.returncode == -9, done.stderr
+    assert [c["distribution"] for c in report.read(file)["cases"]] == ["iid"]
+
+
+def test_no_gpu(no_gpu):
+    result = invoke(*TINY)
+    assert result.exit_code == 3 and "no GPU" in result.stderr
+
+
+def test_redrawing_needs_no_gpu(no_gpu, tmp_path):
+    report.write(tmp_path / "b.json", document(entry(4096), entry(8192)))
+    result = invoke("--from", tmp_path / "b.json", "--plot", tmp_path / "b.png")
+    assert result.exit_code == 0 and "cudnn" in result.stdout and (tmp_path / "b.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--json", "{tmp}/no/b.json"), "does not exist"),
+        (("--json", "{tmp}"), "is a folder"),
+        (("--plot", "{tmp}/no/b.png"), "does not exist"),
+        (("--plot", "{tmp}/b.txt"), "must end in .png"),
+        (("--distribution", "trained"), "needs --recorded"),
+        (("--recorded", "{tmp}/none.pt"), "does not exist"),
+        (("--recorded", "{tmp}/text.pt"), "is no file of recorded tensors"),
+        (("--distribution", "trained", "--recorded", "{tmp}/small.pt"), "has n=64, the shape needs n=96"),
+        (("--shape", "n=many"), "whole number"),
+        (("--peer", "nobody"), "nobody"),
+        (("--seconds", "0"), "not in the range"),
+        (("--from", "{tmp}/text.pt"), "no JSON document"),
+        (("--from", "{tmp}/text.pt", "--json", "{tmp}/x.json"), "--plot alone"),
+    ],
+)
+def test_wrong_options_are_found_before_anything_runs(options, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "_gpu", lambda index: pytest.fail("looked for a GPU"))
+    (tmp_path / "text.pt").write_text("text")
+    q, k = torch.zeros(1, 4, 64, 16), torch.zeros(1, 2, 64, 16)
+    torch.save({"query": q, "key": k, "value": k, "scores": k[..., 0].clone()}, tmp_path / "small.pt")
+    given = [o.format(tmp=tmp_path) for o in options]
+    result = invoke(*given) if "--from" in options else invoke(*TINY, *given)
+    assert result.exit_code == 2 and words in " ".join(result.stderr.split()), result.stderr
+
+
+def test_no_matplotlib_is_found_before_anything_runs(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "_gpu", lambda index: pytest.fail("looked for a GPU"))
+    monkeypatch.setattr(plot, "available", lambda: "matplotlib is not installed")
+    result = invoke(*TINY, "--plot", tmp_path / "b.png")
+    assert result.exit_code == 2 and "matplotlib is not installed" in result.stderr
+
+
+def test_trained_reads_the_recording(cpu, tmp_path):
+    k = torch.randn(1, 2, 100, 16)
+    recorded = {"query": torch.randn(1, 4, 100, 16), "key": k, "value": k, "scores": torch.randn(1, 2, 100)}
+    torch.save(recorded, tmp_path / "r.pt")
+    result = invoke(
+        *TINY, "--distribution", "trained", "--recorded", tmp_path / "r.pt", "--peer", "none", "--json", "-"
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["cases"][0]["distribution"] == "trained"
+
+
+def test_defaults(cpu, monkeypatch):
+    seen = {}
+
+    def fake(self, cases, peers, command):
+        seen.update(cases=cases, peers=[p.name for p in peers], settings=self.settings)
+        return document()
+
+    monkeypatch.setattr(run.Bench, "run", fake)
+    assert invoke().exit_code == 0
+    assert [(c.shape.n, c.shape.k, c.shape.w) for c in seen["cases"]] == list(LENGTHS)
+    assert seen["peers"] == ["cudnn", "flash", "flex", "nsa", "adasplash"]
+    assert seen["settings"] == run.Settings()
+
+
+def test_operators_do_not_load_the_benchmark():
+    code = "import sys, sparsek_tune.ops; print([m for m in sys.modules if 'bench' in m and 'sparsek' in m])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
