@@ -302,7 +302,7 @@ def doctor(as_json: bool) -> None:
 def bench(
     models: tuple[str, ...], texts: tuple[str, ...], distributions: tuple[str, ...], recorded: Path | None,
     peers: tuple[str, ...], backward: bool, seconds: float, peer_limit: float, seed: int, index: int | None,
-    json_file: Path | None, plot_file: Path | None, source: Path | None,
+    json_file: Path | None, plot_file: Path | None, sources: tuple[Path, ...],
 ) -> None:  # fmt: skip
     """Time every stage and the whole operator beside dense and sparse attention of others.
 
@@ -312,10 +312,10 @@ def bench(
     from sparsek_tune.bench import arguments, plot, report
 
     arguments.check_files(json_file, plot_file)
-    if source is not None and (json_file or models or texts or recorded):
+    if sources and (json_file or models or texts or recorded):
         raise click.UsageError("--from takes --plot alone: it measures nothing")
-    if source is not None:
-        document, wrong = arguments.earlier(source), []
+    if sources:
+        document, wrong = arguments.earlier(sources), []
     else:
         wanted = arguments.cases_of(models, texts, distributions)
         options = {"seconds": seconds, "peer_limit": peer_limit, "seed": seed, "backward": backward}

@@ -40,8 +40,8 @@ _OPTIONS = [
     ),
     click.option("--plot", "plot_file", metavar="FILE", type=_NEW, help="Draw the results (.png, .svg or .pdf)."),
     click.option(
-        "--from", "source", metavar="FILE", type=_OLD,
-        help="Show and draw what --json wrote; measures nothing and needs no GPU.",
+        "--from", "sources", metavar="FILE", type=_OLD, multiple=True,
+        help="Show and draw what --json wrote; repeatable: the cases of all files together. Needs no GPU.",
     ),
 ]  # fmt: skip
 
@@ -96,11 +96,11 @@ def recording(path: Path | None, wanted: Sequence[Case]) -> dict[str, Any] | Non
     return found
 
 
-def earlier(path: Path) -> dict[str, Any]:
-    """The document that an earlier run wrote."""
+def earlier(paths: Sequence[Path]) -> dict[str, Any]:
+    """The document that an earlier run wrote, or what several did on GPUs of one kind with the same software."""
     from sparsek_tune.bench import report
 
     try:
-        return report.read(path)
+        return report.merge([report.read(path) for path in paths])
     except (ValueError, OSError) as error:
         raise click.BadParameter(str(error), param_hint="--from") from error

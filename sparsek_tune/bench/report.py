@@ -61,6 +61,19 @@ def read(path: Path) -> dict[str, Any]:
     return document
 
 
+def merge(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One document with the cases of all. Raises ValueError where GPU or software differ: such times compare badly."""
+    first = documents[0]
+    for other in documents[1:]:
+        for name in ("device", "versions"):
+            if other[name] != first[name]:
+                raise ValueError(f"{name} of {other['date']} differs from that of {first['date']}")
+    peers = {name: p for d in documents for name, p in d["peers"].items()}
+    missing = {name: why for d in documents for name, why in d["missing"].items() if name not in peers}
+    cases = [case for d in documents for case in d["cases"]]
+    return {**first, "peers": peers, "missing": missing, "cases": cases}
+
+
 def failures(document: Mapping[str, Any]) -> list[str]:
     """One line for every case of ours that failed."""
     return [f"{case_of(c)}: {c['error']}" for c in document["cases"] if c.get("error")]

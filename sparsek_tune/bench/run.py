@@ -211,7 +211,7 @@ class Bench:
         n = i.scores.shape[-1]
         if peer.quadratic and n >= DENSE_PROBE * 1024:
             part = ready(peer, inputs.shorter(i, n // DENSE_PROBE))
-            self._affordable(self.machine.once(part.forward) * DENSE_PROBE**2)
+            self._affordable(self.machine.once(part.both if self.settings.backward else part.forward) * DENSE_PROBE**2)
             del part
         made = ready(peer, i)
         if peer.exact:

@@ -104,9 +104,11 @@ def test_no_gpu(no_gpu):
 
 
 def test_redrawing_needs_no_gpu(no_gpu, tmp_path):
-    report.write(tmp_path / "b.json", document(entry(4096), entry(8192)))
-    result = invoke("--from", tmp_path / "b.json", "--plot", tmp_path / "b.png")
+    for n in (4096, 8192):
+        report.write(tmp_path / f"{n}.json", document(entry(n)))
+    result = invoke("--from", tmp_path / "4096.json", "--from", tmp_path / "8192.json", "--plot", tmp_path / "b.png")
     assert result.exit_code == 0 and "cudnn" in result.stdout and (tmp_path / "b.png").exists()
+    assert "n=4096" in result.stdout and "n=8192" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,9 @@ def test_adasplash_is_called_with_contiguous_heads_first(monkeypatch):
     odd = inputs.make(Case(Shape(hq=4, hkv=2, d=16, n=100, k=8, w=0), "iid"), 0, "cpu")
     with pytest.raises(peers.Unfit, match="power of two"):
         peers.ready(peers.BY_NAME["adasplash"], odd)
+    long = inputs.make(Case(Shape(hq=1, hkv=1, d=16, n=65536, k=8, w=0), "iid"), 0, "cpu")
+    with pytest.raises(peers.Unfit, match="minutes above 32768"):
+        peers.ready(peers.BY_NAME["adasplash"], long)
     wide = inputs.make(Case(Shape(hq=4, hkv=2, d=80, n=128, k=8, w=0), "iid"), 0, "cpu")
     with pytest.raises(peers.Unfit, match="head size"):
         peers.ready(peers.BY_NAME["adasplash"], wide)

@@ -71,6 +71,17 @@ def test_other_files_are_refused(text, words, tmp_path):
         report.read(path)
 
 
+def test_documents_of_one_machine_are_merged():
+    a, b = document(entry(4096)), document(entry(8192))
+    b["peers"], b["missing"] = {"adasplash": {"note": "", "version": "1"}}, {}
+    both = report.merge([a, b])
+    assert [c["problem"]["n"] for c in both["cases"]] == [4096, 8192]
+    assert set(both["peers"]) == {"cudnn", "adasplash"} and both["missing"] == {}
+    b["versions"] = {**b["versions"], "torch": "2.12.0"}
+    with pytest.raises(ValueError, match=r"versions of .* differs"):
+        report.merge([a, b])
+
+
 def row(text, *words):
     return next(line for line in text.splitlines() if all(w in line for w in words)).split()
 
