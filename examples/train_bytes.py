@@ -152,12 +152,11 @@ def record(model: Decoder, text: Tensor, args: argparse.Namespace) -> dict[str, 
         for name, x in zip(found, (*tensors, attention.scores(inputs[0])), strict=True):
             found[name].append(x.cpu())
 
-    hooks = [block.attention.register_forward_pre_hook(hook) for block in model.blocks]
+    for block in model.blocks:
+        block.attention.register_forward_pre_hook(hook)
     row = text[None, : args.record_length + 1].to(args.device).long()
     with autocast(args):
         model(row[:, :-1], row[:, 1:])
-    for h in hooks:
-        h.remove()
     return {name: torch.cat(layers, dim=1).contiguous() for name, layers in found.items()}
 
 

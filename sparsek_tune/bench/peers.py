@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +50,12 @@ class Peer(NamedTuple):
         return None
 
     def version(self) -> str:
-        return version(self.package[1]) if self.package else f"torch {torch.__version__}"
+        if self.package is None:
+            return f"torch {torch.__version__}"
+        try:
+            return version(self.package[1])
+        except PackageNotFoundError:  # copied to where it is, not installed
+            return "unknown"
 
     def key(self, case: Case) -> tuple[Any, ...]:
         """Cases with equal keys have equal timings."""

@@ -44,6 +44,10 @@ def test_a_package_that_is_not_there_is_named(name, package, monkeypatch):
     assert peers.BY_NAME["flex"].missing() is None
 
 
+def test_a_package_without_metadata_is_of_unknown_version():
+    assert peers.Peer("x", "", lambda i: None, ("json", "no-such-distribution")).version() == "unknown"
+
+
 def fake(monkeypatch, name, **functions):
     parts = name.split(".")
     for n in range(1, len(parts) + 1):

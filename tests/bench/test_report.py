@@ -45,6 +45,19 @@ def test_a_document_that_cannot_be_written_leaves_the_older_one(tmp_path):
     assert report.read(path) == document() and os.listdir(tmp_path) == ["bench.json"]
 
 
+def test_the_file_is_put_in_place_in_one_step(tmp_path, monkeypatch):
+    path = tmp_path / "bench.json"
+    report.write(path, document())
+
+    def replace(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="no space"):
+        report.write(path, document(entry(4096)))
+    assert report.read(path) == document() and os.listdir(tmp_path) == ["bench.json"]
+
+
 def test_writable_or_not_is_known_before(tmp_path):
     for path, words in ((tmp_path, "is a folder"), (tmp_path / "no" / "x.json", "does not exist")):
         with pytest.raises(OSError, match=words):
