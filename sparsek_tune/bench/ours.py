@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsek_tune import launch
 from sparsek_tune.kernel_templates.base import Config
 from sparsek_tune.ops import ATTENTION, sparsek_attention, sparsek_select
 from sparsek_tune.tune.stages import Inputs, Pipeline
@@ -22,15 +21,11 @@ class Stages(NamedTuple):
 
 
 def stages(i: Inputs, configs: Mapping[str, Config]) -> Stages:
-    """The stages of one call at ``configs``. The one place that knows how they are launched."""
+    """The stages of one call at ``configs``, launched as the tuner launches them."""
     pipeline = Pipeline(i, configs)
-
-    def schedule() -> Any:
-        return launch.schedule(pipeline.selection, i.k, i.window, configs["schedule"])
-
     run: dict[str, Callable[[], Any]] = {
         "threshold": lambda: pipeline.threshold(configs["threshold"]),
-        "schedule": schedule,
+        "schedule": lambda: pipeline._schedule(configs["schedule"]),  # the public method times its consumers with it
         "forward": lambda: pipeline.forward(configs["forward"]),
         "dq": lambda: pipeline.dq(configs["dq"]),
         "dkv": lambda: pipeline.dkv(configs["dkv"]),
