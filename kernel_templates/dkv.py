@@ -136,7 +136,7 @@ def dkv_kernel(
     row = tl.program_id(2).to(tl.int64)
     slot = row * segments + segment
     entry = tl.program_id(0) * BN + tl.arange(0, BN)
-    length = tl.load(bounds_ptr + slot * 4 + 3)
+    length = tl.load(bounds_ptr + slot * 5 + 4)
     if tl.program_id(0) * BN < length:
         batch = row // KV_HEADS
         head = row % KV_HEADS
@@ -235,7 +235,7 @@ def _find(list_ptr, lo, hi, j, todo, STEPS: tl.constexpr):
 @triton.jit(do_not_specialize=["N", "M", "window", "segments", "chunks", "KV_HEADS"])
 def reduce_kernel(
     dk_part_ptr, dv_part_ptr, du_part_ptr, dk_band_ptr, dv_band_ptr, prefix_ptr, offset_ptr, expiry_ptr, sat_end_ptr,
-    sup_end_ptr, list_ptr, bounds_ptr, start_ptr, stop_ptr, dk_ptr, dv_ptr, du_ptr,
+    sup_end_ptr, list_ptr, bounds_ptr, start_ptr, stop_ptr, late_stop_ptr, dk_ptr, dv_ptr, du_ptr,
     sdk_b, sdk_h, sdk_n, sdv_b, sdv_h, sdv_n,
     N, M, window, segments, chunks, CAP, KV_HEADS, D: tl.constexpr, BD: tl.constexpr, GATE: tl.constexpr,
     SELECTED: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr, SEGMENT: tl.constexpr, PREFIX: tl.constexpr,
@@ -257,7 +257,8 @@ def reduce_kernel(
         chosen = inside & (j < M) & (expiry > born)
         first = tl.where(chosen, born // SEGMENT, segments)
         final = tl.where(chosen, (expiry - 1) // SEGMENT, -1)
-        in_first = tl.load(stop_ptr + row * N + born, mask=chosen, other=1) - 1
+        late = expiry < tl.minimum((first + 1) * SEGMENT, N)  # dropped in the segment of its birth
+        in_first = tl.load(tl.where(late, late_stop_ptr, stop_ptr) + row * N + born, mask=chosen, other=1) - 1
         in_final = tl.load(start_ptr + row * N + expiry, mask=chosen & (expiry < N), other=1) - 1
         segment = tl.min(first, 0)
         last_segment = tl.max(final, 0)
@@ -268,9 +269,9 @@ def reduce_kernel(
             end = tl.minimum((segment + 1) * SEGMENT, N)
             whole = sat_end >= end
             stays = here & (first < segment) & (expiry >= end)
-            dying_end = tl.load(bounds_ptr + slot * 4)
-            free = tl.load(bounds_ptr + slot * 4 + 1)
-            free_end = tl.load(bounds_ptr + slot * 4 + 2)
+            dying_end = tl.load(bounds_ptr + slot * 5)
+            free = tl.load(bounds_ptr + slot * 5 + 1)
+            free_end = tl.load(bounds_ptr + slot * 5 + 2)
             entry = _find(list_at, tl.where(whole, free, dying_end), tl.where(whole, free_end, free), j, stays, STEPS)
             entry = tl.where(stays, entry, tl.where(first == segment, in_first, in_final))
             at = slot * CAP + entry

@@ -1,7 +1,7 @@
 """Backward with respect to the query, and the mean score gradient gbar of every query.
 
-The same tiles, list and three loops as the forward pass. With a the softmax weight of an ungated key, do . v the product
-with the output gradient and delta = do . o (research summary in ARCHITECTURE.md, "Gradients"):
+The same tiles, list and three loops as the forward pass. With a the softmax weight of an ungated key, do . v the
+product with the output gradient and delta = do . o (research summary in ARCHITECTURE.md, "Gradients"):
 gate kv: ds = a (m do.v - delta), g = a do.v + scale ds q.k, dq += scale m ds k; gate v: without the m and the second
 term. gbar_i = (sum over heads and keys of I_i that are selected of g_ij) / |I_i|.
 """
@@ -18,12 +18,14 @@ from .tiles import (
     GATE_NONE,
     LOG2E,
     default_tile,
+    gated_entries,
     gated_grads,
     list_runs,
     load_rows,
     masked_columns,
     masked_entries,
     masked_keys,
+    masked_steps,
     mma_cost,
     plain_keys,
     sees,
@@ -38,7 +40,7 @@ from .tiles import __file__ as tiles_file
 @triton.jit(do_not_specialize=["N", "window", "segments", "KV_HEADS"])
 def dq_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, tau_ptr, interior_ptr, list_ptr, list_u_ptr, list_expiry_ptr,
-    list_sat_end_ptr, bounds_ptr, start_ptr, stop_ptr, dq_ptr, delta_ptr, gbar_ptr,
+    list_sat_end_ptr, bounds_ptr, start_ptr, stop_ptr, late_stop_ptr, dq_ptr, delta_ptr, gbar_ptr,
     sdo_b, sdo_h, sdo_n, sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n, so_b, so_h, so_n, sdq_b, sdq_h, sdq_n,
     N, window, scale, segments, CAP, KV_HEADS, G: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     GATE: tl.constexpr, SELECTED: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr, SEGMENT: tl.constexpr,
@@ -72,19 +74,21 @@ def dq_kernel(
     log_scale = scale * LOG2E
     n = tl.arange(0, BN)
     tau = tl.load(tau_ptr + row * N + i, mask=i < N, other=float("-inf"))
-    lo, clear, plain, end, hi = first, first, first, first, first
+    lo, clear, plain, end, born, hi, late, late_hi = first, first, first, first, first, first, first, first
     if SELECTED:
         slot = row * segments + first // SEGMENT
         list_ptr += slot * CAP
         list_u_ptr += slot * CAP
         list_expiry_ptr += slot * CAP
         list_sat_end_ptr += slot * CAP
-        lo, clear, plain, end, hi = list_runs(
-            bounds_ptr, start_ptr + row * N, stop_ptr + row * N, slot, first, last, BN, GATE != GATE_NONE
-        )
+        lo, clear, plain, end, born, hi, late, late_hi = list_runs(
+            bounds_ptr, start_ptr + row * N, stop_ptr + row * N, late_stop_ptr + row * N, slot, first, last, BN,
+            GATE != GATE_NONE,
+        )  # fmt: skip
     window_lo, window_clear, window_end = last + 1, last + 1, last + 1
     if WINDOW:
         window_lo, window_clear, window_end = window_runs(first, last, window, BN)
+    runs = lo, clear, born, hi, late, late_hi, window_lo, window_clear, window_end, last
 
     listed = (end - plain) // BN
     j = plain_keys(list_ptr, 0, plain, listed, window_clear, SELECTED, WINDOW, BN)
@@ -98,14 +102,14 @@ def dq_kernel(
         j = next_j
 
     if SELECTED and GATE != GATE_NONE:
-        gated = (plain - clear) // BN
-        j = plain_keys(list_ptr, 0, clear, gated, 0, True, False, BN)
-        for step in range(0, gated):
-            next_j = plain_keys(list_ptr, step + 1, clear, gated, 0, True, False, BN)
+        j = tl.load(list_ptr + gated_entries(0, clear, plain, end, BN))
+        for step in range(0, (plain - clear + born - end) // BN):
+            next_j = tl.load(list_ptr + gated_entries(step + 1, clear, plain, end, BN))
             k = load_rows(k_ptr, j, sk_n, n < BN, D, BD, WIDE)
             v = load_rows(v_ptr, j, sv_n, n < BN, D, BD, WIDE)
-            u = tl.load(list_u_ptr + clear + step * BN + n)
-            sat_end = tl.load(list_sat_end_ptr + clear + step * BN + n)
+            entry = gated_entries(step, clear, plain, end, BN)
+            u = tl.load(list_u_ptr + entry)
+            sat_end = tl.load(list_sat_end_ptr + entry)
             g = selected_gate(u[None, :], tau[:, None])
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
             dp = tl.dot(do, tl.trans(v), input_precision="ieee")
@@ -117,14 +121,14 @@ def dq_kernel(
             acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
             j = next_j
 
-    steps = tl.cdiv(clear - lo + hi - end + window_clear - window_lo + last + 1 - window_end, BN)
-    j = masked_keys(list_ptr, 0, lo, clear, end, hi, window_lo, window_clear, window_end, last, BN)
+    steps = masked_steps(runs, BN)
+    j = masked_keys(list_ptr, 0, runs, WINDOW, BN)
     for step in range(0, steps):
-        next_j = masked_keys(list_ptr, step + 1, lo, clear, end, hi, window_lo, window_clear, window_end, last, BN)
-        u, born, lasting = masked_columns(
-            list_ptr, list_u_ptr, list_expiry_ptr, step, lo, clear, end, hi, window_lo, window_clear, window_end, last,
-            window, BN,
-        )  # fmt: skip
+        next_j = masked_keys(list_ptr, step + 1, runs, WINDOW, BN)
+        u, first_query, lasting = masked_columns(list_ptr, list_u_ptr, list_expiry_ptr, step, runs, window, WINDOW, BN)
+        if GATE != GATE_NONE:
+            entry, _, of_list, _ = masked_entries(step, runs, WINDOW, BN)
+            sat_end = tl.load(list_sat_end_ptr + entry, mask=of_list, other=1 << 30)
         k = load_rows(k_ptr, j, sk_n, n < BN, D, BD, WIDE)
         v = load_rows(v_ptr, j, sv_n, n < BN, D, BD, WIDE)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
@@ -133,14 +137,10 @@ def dq_kernel(
         logit = s * log_scale
         if GATE == GATE_KV:
             logit = logit * g
-        a = tl.where(sees(i[:, None], born[None, :], lasting[None, :]), tl.exp2(logit - lse[:, None]), 0.0)
+        a = tl.where(sees(i[:, None], first_query[None, :], lasting[None, :]), tl.exp2(logit - lse[:, None]), 0.0)
         if GATE == GATE_NONE:
             ds = a * (dp - delta[:, None])
         else:
-            entry, _, of_list, _ = masked_entries(
-                step, lo, clear, end, hi, window_lo, window_clear, window_end, last, BN
-            )  # fmt: skip
-            sat_end = tl.load(list_sat_end_ptr + entry, mask=of_list, other=1 << 30)
             ds, dm = gated_grads(a, g, s, dp, delta[:, None], scale, GATE)
             g_sum += tl.sum(tl.where(i[:, None] >= sat_end[None, :], dm, 0.0), 1)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")

@@ -16,10 +16,12 @@ from .tiles import (
     GATE_NONE,
     LOG2E,
     default_tile,
+    gated_entries,
     list_runs,
     load_rows,
     masked_columns,
     masked_keys,
+    masked_steps,
     mma_cost,
     plain_keys,
     sees,
@@ -29,7 +31,6 @@ from .tiles import (
     window_runs,
 )
 from .tiles import __file__ as tiles_file
-
 
 SMALL = tl.constexpr(2.0**-32)  # a softmax sum outside of these may have lost something: it is done again
 LARGE = tl.constexpr(2.0**32)
@@ -57,26 +58,24 @@ def _accumulate(acc, peak, norm, x, g, v, GATED: tl.constexpr, ONLINE: tl.conste
 
 @triton.jit
 def _masked(
-    acc, peak, norm, q, i, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr, lo, clear, end, hi,
-    window_lo, window_clear, window_end, last, window, log_scale, D: tl.constexpr, BD: tl.constexpr,
-    GATE: tl.constexpr, WIDE: tl.constexpr, BN: tl.constexpr, ONLINE: tl.constexpr, STAGES: tl.constexpr,
+    acc, peak, norm, q, i, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr, runs, window,
+    log_scale, D: tl.constexpr, BD: tl.constexpr, GATE: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr,
+    BN: tl.constexpr, ONLINE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Add the masked runs to the sums: entries [lo, clear) and [end, hi), window keys below clear and from end on."""
+    """Add the masked runs (``tiles.masked_entries``) to the sums."""
     n = tl.arange(0, BN)
-    steps = tl.cdiv(clear - lo + hi - end + window_clear - window_lo + last + 1 - window_end, BN)
-    j = masked_keys(list_ptr, 0, lo, clear, end, hi, window_lo, window_clear, window_end, last, BN)
+    steps = masked_steps(runs, BN)
+    j = masked_keys(list_ptr, 0, runs, WINDOW, BN)
     for step in tl.range(0, steps, num_stages=STAGES):
-        next_j = masked_keys(list_ptr, step + 1, lo, clear, end, hi, window_lo, window_clear, window_end, last, BN)
-        u, born, lasting = masked_columns(
-            list_ptr, list_u_ptr, list_expiry_ptr, step, lo, clear, end, hi, window_lo, window_clear, window_end, last,
-            window, BN,
-        )  # fmt: skip
+        next_j = masked_keys(list_ptr, step + 1, runs, WINDOW, BN)
+        u, first_query, lasting = masked_columns(list_ptr, list_u_ptr, list_expiry_ptr, step, runs, window, WINDOW, BN)
         k = load_rows(k_ptr, j, sk_n, n < BN, D, BD, WIDE)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         g = tl.maximum(selected_gate(u[None, :], tau[:, None]), 0.0)
         if GATE == GATE_KV:
             s = s * g
-        x = tl.where(sees(i[:, None], born[None, :], lasting[None, :]), s * log_scale, float("-inf"))
+        x = tl.where(sees(i[:, None], first_query[None, :], lasting[None, :]), s * log_scale, float("-inf"))
         v = load_rows(v_ptr, j, sv_n, n < BN, D, BD, WIDE)
         acc, peak, norm = _accumulate(acc, peak, norm, x, g, v, GATE != GATE_NONE, ONLINE)
         j = next_j
@@ -85,8 +84,8 @@ def _masked(
 
 @triton.jit(do_not_specialize=["N", "window", "segments", "KV_HEADS"])
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, tau_ptr, list_ptr, list_u_ptr, list_expiry_ptr, bounds_ptr, start_ptr, stop_ptr, o_ptr,
-    lse_ptr, sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n, so_b, so_h, so_n,
+    q_ptr, k_ptr, v_ptr, tau_ptr, list_ptr, list_u_ptr, list_expiry_ptr, bounds_ptr, start_ptr, stop_ptr,
+    late_stop_ptr, o_ptr, lse_ptr, sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n, so_b, so_h, so_n,
     N, window, scale, segments, CAP, KV_HEADS, G: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     GATE: tl.constexpr, SELECTED: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr, SEGMENT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
@@ -115,24 +114,27 @@ def forward_kernel(
     n = tl.arange(0, BN)
     ONLINE: tl.constexpr = q.dtype == tl.float16
 
-    lo, clear, plain, end, hi = first, first, first, first, first
+    lo, clear, plain, end, born, hi, late, late_hi = first, first, first, first, first, first, first, first
     if SELECTED:
         slot = row * segments + first // SEGMENT
         list_ptr += slot * CAP
         list_u_ptr += slot * CAP
         list_expiry_ptr += slot * CAP
-        lo, clear, plain, end, hi = list_runs(
-            bounds_ptr, start_ptr + row * N, stop_ptr + row * N, slot, first, last, BN, GATE != GATE_NONE
-        )
+        lo, clear, plain, end, born, hi, late, late_hi = list_runs(
+            bounds_ptr, start_ptr + row * N, stop_ptr + row * N, late_stop_ptr + row * N, slot, first, last, BN,
+            GATE != GATE_NONE,
+        )  # fmt: skip
     window_lo, window_clear, window_end = last + 1, last + 1, last + 1
     if WINDOW:
         window_lo, window_clear, window_end = window_runs(first, last, window, BN)
+    runs = lo, clear, born, hi, late, late_hi, window_lo, window_clear, window_end, last
+    everything = lo, hi, hi, hi, late, late_hi, window_lo, window_clear, window_clear, last
 
     peak = tl.full([BM], float("-inf"), tl.float32)
     if not ONLINE:
         # Softmax does not care what is subtracted, as long as nothing leaves the range of float32 (and bfloat16): the
         # largest logit of some keys will do, and spares the running maximum.
-        j = masked_keys(list_ptr, 0, lo, hi, hi, hi, window_lo, window_clear, window_clear, last, BN)
+        j = masked_keys(list_ptr, 0, everything, WINDOW, BN)
         k = load_rows(k_ptr, j, sk_n, j >= 0, D, BD, WIDE)
         peak = tl.max(tl.dot(q, tl.trans(k), input_precision="ieee") * log_scale, 1)
 
@@ -148,12 +150,12 @@ def forward_kernel(
         j = next_j
 
     if SELECTED and GATE != GATE_NONE:
-        gated = (plain - clear) // BN
-        j = plain_keys(list_ptr, 0, clear, gated, 0, True, False, BN)
-        for step in range(0, gated):
-            next_j = plain_keys(list_ptr, step + 1, clear, gated, 0, True, False, BN)
+        j = tl.load(list_ptr + gated_entries(0, clear, plain, end, BN))
+        for step in range(0, (plain - clear + born - end) // BN):
+            # Past the last block it may read what follows: within the list, and of no use.
+            next_j = tl.load(list_ptr + gated_entries(step + 1, clear, plain, end, BN))
             k = load_rows(k_ptr, j, sk_n, n < BN, D, BD, WIDE)
-            u = tl.load(list_u_ptr + clear + step * BN + n)
+            u = tl.load(list_u_ptr + gated_entries(step, clear, plain, end, BN))
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
             g = selected_gate(u[None, :], tau[:, None])
             if GATE == GATE_KV:
@@ -163,16 +165,16 @@ def forward_kernel(
             j = next_j
 
     acc, peak, norm = _masked(
-        acc, peak, norm, q, i, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr, lo, clear, end, hi,
-        window_lo, window_clear, window_end, last, window, log_scale, D, BD, GATE, WIDE, BN, ONLINE, STAGES,
+        acc, peak, norm, q, i, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr, runs, window,
+        log_scale, D, BD, GATE, WINDOW, WIDE, BN, ONLINE, STAGES,
     )  # fmt: skip
     if not ONLINE:
         good = (norm >= SMALL) & (norm <= LARGE)
         if tl.min((good | (ok == 0)).to(tl.int32), 0) == 0:
             acc, peak, norm = _masked(
                 tl.zeros([BM, BD], tl.float32), tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32),
-                q, i, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr, lo, hi, hi, hi,
-                window_lo, window_clear, window_clear, last, window, log_scale, D, BD, GATE, WIDE, BN, True, 1,
+                q, i, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr, everything, window,
+                log_scale, D, BD, GATE, WINDOW, WIDE, BN, True, 1,
             )  # fmt: skip
 
     o = acc / tl.where(norm > 0, norm, 1.0)[:, None]

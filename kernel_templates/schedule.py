@@ -4,11 +4,12 @@ A segment's list holds, one after the other:
   1. the keys alive at its start that are dropped inside it, by expiry;
   2. those that outlive it and are not saturated (gate 1) for all of it, by position;
   3. those that outlive it and are saturated for all of it, by position (no mask, no gate);
-  4. the keys born inside it, by position.
-A tile of queries reads one contiguous range: from the first key of part 1 that is still alive to the last of part 4
-born. Parts 1 to 3 come from the keys alive at the segment's start, found level by level: a node's alive keys are its
-parent's that live on, and those born since. Part 1 is sorted by scattering its keys to the queries that drop them, at
-most one each.
+  4. the keys born inside it that outlive it, by position;
+  5. those born and dropped inside it, by position.
+A tile of queries reads a contiguous range, from the first key of part 1 that is still alive to the last of part 4 born,
+and part 5 up to the last born. Parts 1 to 3 come from the keys alive at the segment's start, found level by level: a
+node's alive keys are its parent's that live on, and those born since. Part 1 is sorted by scattering its keys to the
+queries that drop them, at most one each.
 Design fact 2 bounds each list: at most ``min(k, M) + SEGMENT`` keys.
 """
 
@@ -98,14 +99,14 @@ def _dropped(expiry_ptr, evicted_ptr, alive_ptr, alive, begin, end, BLOCK: tl.co
 @triton.jit(do_not_specialize=["N", "M", "window", "parents"])
 def segments_kernel(
     u_ptr, expiry_ptr, sat_end_ptr, parent_ptr, parent_count_ptr, alive_ptr, evicted_ptr, list_ptr, list_u_ptr,
-    list_expiry_ptr, list_sat_end_ptr, bounds_ptr, start_ptr, stop_ptr, N, M, window, parents, ALIVE_CAP, CAP, SEGMENT: tl.constexpr, PARENT_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    list_expiry_ptr, list_sat_end_ptr, bounds_ptr, start_ptr, stop_ptr, late_stop_ptr, N, M, window, parents, ALIVE_CAP,
+    CAP, SEGMENT: tl.constexpr, PARENT_SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Lay out the list of one segment.
 
-    bounds [rows, segments, 4]: ends of the four parts. start [rows, N]: first entry still alive at a query;
-    stop [rows, N]: one past the last entry born by a query. Scratch: alive [rows, segments, ALIVE_CAP], the keys alive
-    at the segment's start; evicted [rows, N].
+    bounds [rows, segments, 5]: ends of the parts. start [rows, N]: first entry of part 1 still alive at a query; stop,
+    late_stop [rows, N]: one past the last entry of parts 4 and 5 born by a query. Scratch: alive [rows, segments,
+    ALIVE_CAP], the keys alive at the segment's start; evicted [rows, N].
     """
     segment = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -115,6 +116,7 @@ def segments_kernel(
     evicted_ptr += row * N
     start_ptr += row * N
     stop_ptr += row * N
+    late_stop_ptr += row * N
     list_ptr += slot * CAP
     alive_ptr += slot * ALIVE_CAP
     begin = segment * SEGMENT
@@ -134,7 +136,7 @@ def segments_kernel(
         keep = j >= 0
         tl.store(start_ptr + query, count + tl.cumsum(keep.to(tl.int32), 0), mask=inside)
         count = _append(list_ptr, count, j, keep)
-    tl.store(bounds_ptr + slot * 4, count)
+    tl.store(bounds_ptr + slot * 5, count)
 
     for saturated in tl.static_range(2):
         for i in range(0, alive, BLOCK):
@@ -146,17 +148,23 @@ def segments_kernel(
                 count = _append(list_ptr, count, j, stays & whole)
             else:
                 count = _append(list_ptr, count, j, stays & ~whole)
-        tl.store(bounds_ptr + slot * 4 + 1 + saturated, count)
+        tl.store(bounds_ptr + slot * 5 + 1 + saturated, count)
 
-    for i in range(begin, end, BLOCK):
-        query = i + at
-        inside = query < end
-        j = query - window
-        candidate = inside & (j >= 0)
-        keep = candidate & (tl.load(expiry_ptr + j, mask=candidate, other=0) > query)
-        tl.store(stop_ptr + query, count + tl.cumsum(keep.to(tl.int32), 0), mask=inside)
-        count = _append(list_ptr, count, j, keep)
-    tl.store(bounds_ptr + slot * 4 + 3, count)
+    for late in tl.static_range(2):
+        for i in range(begin, end, BLOCK):
+            query = i + at
+            inside = query < end
+            j = query - window
+            candidate = inside & (j >= 0)
+            expiry = tl.load(expiry_ptr + j, mask=candidate, other=0)
+            if late:
+                keep = (expiry > query) & (expiry < end)
+                tl.store(late_stop_ptr + query, count + tl.cumsum(keep.to(tl.int32), 0), mask=inside)
+            else:
+                keep = (expiry > query) & (expiry >= end)
+                tl.store(stop_ptr + query, count + tl.cumsum(keep.to(tl.int32), 0), mask=inside)
+            count = _append(list_ptr, count, j, keep)
+        tl.store(bounds_ptr + slot * 5 + 3 + late, count)
 
     # What the consumers ask of a key lies beside it, so that they need not gather it, once per tile.
     tl.debug_barrier()

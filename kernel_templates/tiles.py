@@ -61,20 +61,27 @@ def gated_grads(a, g, s, dp, delta, scale, GATE: tl.constexpr):
 
 
 @triton.jit
-def list_runs(bounds_ptr, start_ptr, stop_ptr, slot, first, last, BN: tl.constexpr, GATED: tl.constexpr):
-    """What queries [first, last] read of their segment's list: [lo, clear) and [end, hi) masked; whole blocks that every
-    query sees in between, [clear, plain) gated, [plain, end) saturated. Without gates the gated run is empty."""
+def list_runs(
+    bounds_ptr, start_ptr, stop_ptr, late_stop_ptr, slot, first, last, BN: tl.constexpr, GATED: tl.constexpr
+):  # fmt: skip
+    """What queries [first, last] read of their segment's list. Whole blocks that every query sees: [clear, plain) and
+    [end, born) gated, [plain, end) saturated. The rest is masked: [lo, clear), [born, hi), [late, late_hi). Without
+    gates all that needs no mask is in the saturated run."""
     lo = tl.load(start_ptr + first)
     alive = tl.load(start_ptr + last)  # from here on nothing is dropped before the last query
-    hi = tl.load(stop_ptr + last)
-    plain = tl.load(bounds_ptr + slot * 4 + 1)
-    end = tl.load(bounds_ptr + slot * 4 + 2)
+    plain = tl.load(bounds_ptr + slot * 5 + 1)
+    end = tl.load(bounds_ptr + slot * 5 + 2)
+    seen = tl.load(stop_ptr + first)  # up to here everything is born by the first
+    if not GATED:
+        plain = seen
+        end = seen
+    born = end + (seen - end) // BN * BN
     plain = end - (end - plain) // BN * BN
     clear = plain - (plain - alive) // BN * BN
     if not GATED:
-        clear = end - (end - alive) // BN * BN
         plain = clear
-    return lo, clear, plain, end, hi
+    late = tl.load(bounds_ptr + slot * 5 + 3)
+    return lo, clear, plain, end, born, tl.load(stop_ptr + last), late, tl.load(late_stop_ptr + last)
 
 
 @triton.jit
@@ -94,50 +101,69 @@ def plain_keys(list_ptr, step, plain, listed, window_clear, SELECTED: tl.constex
     n = tl.arange(0, BN)
     j = window_clear + (step - listed) * BN + n
     if SELECTED:
-        chosen = tl.load(list_ptr + plain + step * BN + n, mask=step * 0 + n + step * BN < listed * BN, other=0)
+        chosen = tl.load(list_ptr + plain + step * BN + n, mask=step * BN + n < listed * BN, other=0)
         j = tl.where(step < listed, chosen, j) if WINDOW else chosen
     return j
 
 
 @triton.jit
-def masked_entries(step, lo, clear, end, hi, window_lo, window_clear, window_end, last, BN: tl.constexpr):
-    """Block number ``step`` of the masked runs, one after the other: positions in the list, keys of the window, whether
-    they are of the list, and whether they are at all."""
+def gated_entries(step, clear, plain, end, BN: tl.constexpr):
+    """Positions in the list of block number ``step`` of the gated runs, [clear, plain) and then from end on."""
+    before = plain - clear
+    at = step * BN
+    return tl.where(at < before, clear + at, end + at - before) + tl.arange(0, BN)
+
+
+@triton.jit
+def masked_entries(step, runs, WINDOW: tl.constexpr, BN: tl.constexpr):
+    """Block number ``step`` of the masked runs, one after the other: of the list [lo, clear), [born, hi) and [late,
+    late_hi), of the window [window_lo, window_clear) and [window_end, last]. Positions in the list, keys of the window,
+    whether they are of the list, and whether they are at all."""
+    lo, clear, born, hi, late, late_hi, window_lo, window_clear, window_end, last = runs
     e = step * BN + tl.arange(0, BN)
     below = clear - lo
-    listed = below + hi - end
-    before = window_clear - window_lo
-    entry = tl.where(e < below, lo + e, end + e - below)
-    rest = e - listed
-    key = tl.where(rest < before, window_lo + rest, window_end + rest - before)
-    return entry, key, e < listed, (e < listed) | (key <= last)
+    early = below + hi - born
+    listed = early + late_hi - late
+    entry = tl.where(e < below, lo + e, tl.where(e < early, born + e - below, late + e - early))
+    of_list = e < listed
+    key, inside = e, of_list
+    if WINDOW:
+        rest = e - listed
+        before = window_clear - window_lo
+        key = tl.where(rest < before, window_lo + rest, window_end + rest - before)
+        inside = of_list | (key <= last)
+    return entry, key, of_list, inside
 
 
 @triton.jit
-def masked_keys(list_ptr, step, lo, clear, end, hi, window_lo, window_clear, window_end, last, BN: tl.constexpr):
+def masked_steps(runs, BN: tl.constexpr):
+    """Number of blocks of the masked runs."""
+    lo, clear, born, hi, late, late_hi, window_lo, window_clear, window_end, last = runs
+    listed = clear - lo + hi - born + late_hi - late
+    return tl.cdiv(listed + window_clear - window_lo + last + 1 - window_end, BN)
+
+
+@triton.jit
+def masked_keys(list_ptr, step, runs, WINDOW: tl.constexpr, BN: tl.constexpr):
     """Their keys, 0 where there is none."""
-    entry, key, of_list, inside = masked_entries(
-        step, lo, clear, end, hi, window_lo, window_clear, window_end, last, BN
-    )  # fmt: skip
+    entry, key, of_list, inside = masked_entries(step, runs, WINDOW, BN)
     j = tl.load(list_ptr + entry, mask=of_list, other=0)
-    return tl.where(of_list, j, tl.where(inside, key, 0))
+    return tl.where(of_list, j, tl.where(inside, key, 0)) if WINDOW else j
 
 
 @triton.jit
-def masked_columns(
-    list_ptr, u_ptr, expiry_ptr, step, lo, clear, end, hi, window_lo, window_clear, window_end, last, window,
-    BN: tl.constexpr,
-):  # fmt: skip
+def masked_columns(list_ptr, u_ptr, expiry_ptr, step, runs, window, WINDOW: tl.constexpr, BN: tl.constexpr):
     """Their scores, infinite for a window key, whose gate is 1; their first queries, and how many queries see them."""
-    entry, key, of_list, inside = masked_entries(
-        step, lo, clear, end, hi, window_lo, window_clear, window_end, last, BN
-    )  # fmt: skip
+    entry, key, of_list, inside = masked_entries(step, runs, WINDOW, BN)
     u = tl.load(u_ptr + entry, mask=of_list, other=float("inf"))
-    born = tl.load(list_ptr + entry, mask=of_list, other=0) + window
-    until = tl.load(expiry_ptr + entry, mask=of_list, other=0)
-    born = tl.where(of_list, born, key)
-    lasting = tl.where(of_list, until - born, tl.where(inside, window, 0))
-    return u, born, lasting
+    first = tl.load(list_ptr + entry, mask=of_list, other=0) + window
+    lasting = tl.load(expiry_ptr + entry, mask=of_list, other=0) - first
+    if WINDOW:
+        first = tl.where(of_list, first, key)
+        lasting = tl.where(of_list, lasting, tl.where(inside, window, 0))
+    else:
+        lasting = tl.where(of_list, lasting, 0)
+    return u, first, lasting
 
 
 @triton.jit

@@ -75,7 +75,7 @@ class Schedule(NamedTuple):
     """Per segment of queries, the keys they read (``kernel_templates.schedule``).
 
     keys, and of each its score (float32), expiry and sat_end: int32 [rows, segments, cap]; bounds: int32
-    [rows, segments, 4]; start, stop: int32 [rows, N].
+    [rows, segments, 5]; start, stop, late_stop: int32 [rows, N].
     """
 
     keys: Tensor
@@ -85,6 +85,7 @@ class Schedule(NamedTuple):
     bounds: Tensor
     start: Tensor
     stop: Tensor
+    late_stop: Tensor
     segment: int
 
 
@@ -178,14 +179,15 @@ def schedule(scores: Tensor, selection: Selection, k: int, window: int, config: 
         scores.new_empty(entries),
         expiry.new_empty(entries),
         expiry.new_empty(entries),
-        expiry.new_empty((rows, segments, 4)),
+        expiry.new_empty((rows, segments, 5)),
+        expiry.new_empty((rows, n)),
         expiry.new_empty((rows, n)),
         expiry.new_empty((rows, n)),
         segment,
     )
     _run(
         schedule_t.segments_kernel, (segments, rows),
-        scores, expiry, selection.sat_end, parent, count, alive, evicted, *out[:7], n, m, window, parents, cap,
+        scores, expiry, selection.sat_end, parent, count, alive, evicted, *out[:8], n, m, window, parents, cap,
         cap + segment, SEGMENT=segment, PARENT_SIZE=parent_size, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return out
@@ -218,8 +220,8 @@ def _span(t: Tensor) -> int:
 def _list_args(sched: Schedule | None, like: Tensor) -> tuple[list[Tensor], int, int, int]:
     """List pointers, number of segments, capacity and segment length; placeholders where there is no list."""
     if sched is None:
-        return [like] * 7, 1, 1, 1 << 30
-    return list(sched[:7]), sched.keys.shape[1], sched.keys.shape[2], sched.segment
+        return [like] * 8, 1, 1, 1 << 30
+    return list(sched[:8]), sched.keys.shape[1], sched.keys.shape[2], sched.segment
 
 
 def _tile(config: Config) -> dict[str, Any]:
@@ -266,9 +268,10 @@ def dq(
     bq = config["BM"] // s.meta["HEADS"]
     _run(
         dq_t.dq_kernel, (_cdiv(s.n, bq), s.rows),
-        dout, query, key, value, out, lse, selection.tau, selection.interior, *lists, grad, delta, gbar, *dout.stride()[:3], *query.stride()[:3], *key.stride()[:3],
-        *value.stride()[:3], *out.stride()[:3], *grad.stride()[:3], s.n, window, scale, segments, cap, s.kv_heads,
-        **s.meta, SELECTED=sched is not None, WINDOW=window > 0, SEGMENT=segment, **_tile(config),
+        dout, query, key, value, out, lse, selection.tau, selection.interior, *lists, grad, delta, gbar,
+        *dout.stride()[:3], *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
+        *grad.stride()[:3], s.n, window, scale, segments, cap, s.kv_heads, **s.meta, SELECTED=sched is not None,
+        WINDOW=window > 0, SEGMENT=segment, **_tile(config),
     )  # fmt: skip
     return grad, delta, gbar
 
@@ -308,7 +311,8 @@ def dkv(
     meta = {name: s.meta[name] for name in ("D", "BD", "GATE", "WIDE")}
     _run(
         dkv_t.reduce_kernel, (_cdiv(s.n, config["BLOCK"]), s.rows),
-        *parts, *band, *prefix, selection.expiry, selection.sat_end, selection.sup_end, lists[0], *lists[4:], dk, dv, du,
+        *parts, *band, *prefix, selection.expiry, selection.sat_end, selection.sup_end, lists[0], *lists[4:],
+        dk, dv, du,
         *dk.stride()[:3], *dv.stride()[:3], s.n, s.n - window, window, segments, chunks, cap, s.kv_heads, **meta,
         SELECTED=sched is not None, WINDOW=window > 0, SEGMENT=segment, PREFIX=dkv_t.CHUNK, BLOCK=config["BLOCK"],
         STEPS=cap.bit_length(), num_warps=config["reduce_warps"],
