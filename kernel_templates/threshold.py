@@ -112,6 +112,7 @@ def prefix_kernel(table_ptr, times, width, TIMES: tl.constexpr, BLOCK: tl.conste
 EARLIER = 16  # stretches that a program of the walk adds up at once, where the table holds no running sums
 FEW = 64  # up to so many stretches running sums are not worth a kernel of their own
 REGISTERS = 128  # a thread of the walk: it waits for memory most of the time, so 16 warps an SM matter more
+PROGRAMS = 6144  # of one launch of the walk, each with scratch of its own
 MERGED = 32  # more sorted chunks than this cost more than torch.sort
 
 

@@ -268,23 +268,23 @@ def _finish(
     tl.store(plus_end_ptr + t, t + shift, mask=live & (plus_at >= passed))
 
 
-@triton.jit(do_not_specialize=["K", "M", "N", "shift", "fine", "few", "blocks"])
+@triton.jit(do_not_specialize=["K", "M", "N", "shift", "fine", "few", "blocks", "stretches", "first"])
 def walk_kernel(
     table_ptr, us_ptr, ev_q_ptr, ev_t_ptr, order_ptr, key_ptr, key_q_ptr, ring_ptr, new_t_ptr, new_x_ptr, change_ptr,
-    tau_ptr, interior_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, blocks, M, N, shift, K, fine, few, LOG: tl.constexpr,
-    BLOCKS: tl.constexpr, SPAN: tl.constexpr, EARLIER: tl.constexpr, C: tl.constexpr, WINDOW: tl.constexpr,
-    SCAN: tl.constexpr, RING: tl.constexpr,
+    tau_ptr, interior_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, first, stretches, blocks, M, N, shift, K, fine, few,
+    LOG: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr, EARLIER: tl.constexpr, C: tl.constexpr,
+    WINDOW: tl.constexpr, SCAN: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
-    """The results of a stretch of queries and of the keys that change in it, for tau (axis 0 even) or the rank (odd).
+    """The results of a stretch of queries and of the keys that change in it, for tau (axis 0 even) or ranks (odd).
 
-    Program axis 1: the stretch; the first ones, in which most happens, start first. ``few`` stretches have ``fine``
-    keys, the others C. ``shift`` is the window: prefix t is query t + shift's. Scratch by program: ring int32 [RING],
-    new_t int32 [C], new_x int64 [C], change int64 [2, C].
+    Program axis 1: the stretch, from ``first``; the first ones, in which most happens, start first. ``few`` stretches
+    have ``fine`` keys, the others C. ``shift`` is the window: prefix t is query t + shift's. Scratch by program: ring
+    int32 [RING], new_t int32 [C], new_x int64 [C], change int64 [2, C].
     """
     row = tl.program_id(0).to(tl.int64) // 2
-    p = tl.program_id(1)
-    task = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + p
-    table_ptr += row * (tl.num_programs(1) + 1) * 3 * blocks
+    p = first + tl.program_id(1)
+    task = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    table_ptr += row * (stretches + 1) * 3 * blocks
     key_ptr += row * 3 * M
     ring_ptr += task * RING
     new_t_ptr += task * C
