@@ -8,8 +8,8 @@ its crossing; sums of what counts, by time, give tau and the number of interior 
 ranks: key j is dropped once k better ones are born.
 
 Time is cut into stretches of CHUNK keys that are solved in parallel (``walk``): a table of sums by (stretch, block of
-events) tells each which events can cross in it, and F at their edge. So the work is O(N log N) for scores that do not
-conspire, and no more than O(N^2 / CHUNK) additions of whole windows for any.
+events) tells each which events can cross in it, and F at their edge. Every event crosses once, so all stretches take
+up O((1 + SPAN / CHUNK) N) events, whatever the scores, and add at most CHUNK new keys to each.
 
 All sums are integers (scores in fixed point, the largest scale that cannot overflow), hence exact, associative and
 independent of the config. Scores are treated as ``clamp(u, -2^20, 2^20)``; NaN gives an undefined result.
@@ -112,6 +112,7 @@ def prefix_kernel(table_ptr, times, width, TIMES: tl.constexpr, BLOCK: tl.conste
 EARLIER = 16  # stretches that a program of the walk adds up at once, where the table holds no running sums
 FEW = 64  # up to so many stretches running sums are not worth a kernel of their own
 REGISTERS = 128  # a thread of the walk: it waits for memory most of the time, so 16 warps an SM matter more
+PROGRAMS = 6144  # of one launch of the walk, each with scratch of its own
 MERGED = 32  # more sorted chunks than this cost more than torch.sort
 
 

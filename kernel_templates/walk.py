@@ -95,12 +95,13 @@ def _new_keys(rank_ptr, key_ptr, key_q_ptr, new_t_ptr, new_x_ptr, c0, c1, high, 
 
 
 @triton.jit
-def _run(value, x, new_x_ptr, new, one, goal, limit, TAU: tl.constexpr):
-    """How many of (the state before, the state after each new key) leave each event's F below goal, and below limit."""
+def _run(value, x, minus, new_x_ptr, new, one, goal, limit, TAU: tl.constexpr):
+    """How many of (the state before, the state after each new key) leave each event's F below goal, and below limit,
+    which only minus events wait for."""
     reach = (value < goal).to(tl.int32)
     pass_ = (value < limit).to(tl.int32)
     n = new * 0
-    waiting = tl.max(pass_, 0) > 0
+    waiting = tl.max(((value < goal) | (minus & (value < limit))).to(tl.int32), 0) > 0
     while waiting & (n < new):
         for g in tl.static_range(KEYS):
             if TAU:
@@ -112,7 +113,7 @@ def _run(value, x, new_x_ptr, new, one, goal, limit, TAU: tl.constexpr):
                 value += (rank < x).to(tl.int64)
             reach += (value < goal).to(tl.int32)
         n += KEYS
-        waiting = tl.max((value < limit).to(tl.int32), 0) > 0
+        waiting = tl.max(((value < goal) | (minus & (value < limit))).to(tl.int32), 0) > 0
     return reach, pass_
 
 
@@ -170,6 +171,7 @@ def _walk(
     base = (count << 32) + count  # of the events that have not crossed before the stretch: count twice, and total
     base_total = total
     passed = high  # events from here on have crossed before the stretch
+    root = tl.full([], -(1 << 62), tl.int64)  # the largest x found with F >= K before the stretch
     s = tl.arange(0, SCAN)
     w = tl.arange(0, WINDOW)
     at = low
@@ -207,15 +209,21 @@ def _walk(
             own = (tl.where(below | (minus & (value < limit)), signs, 0) << 32) + tl.where(below, signs, 0)
             base += tl.sum(own, 0)
             base_total += tl.sum(tl.where(below, weights, 0), 0)
+            # Below the root nothing waits: where F is K on an interval no key, and so no minus event, lies inside.
+            reached = live & ~below
+            root = tl.maximum(root, tl.max(tl.where(reached, x, -(1 << 62)), 0))
+            crossed = reached & ((value >= limit) | (x < root))
         else:
             t = event
+            minus = live & False
             x = place.to(tl.int64)
             olds = (live & (t < c0)).to(tl.int64)
             value = count + tl.cumsum(olds, 0) - olds
             count += tl.sum(olds, 0)
-        done = tl.max((live & (value >= limit)).to(tl.int32), 0) > 0
+            crossed = live & (value >= goal)
+        done = tl.max(crossed.to(tl.int32), 0) > 0
         value = tl.where(live, value, limit)
-        reach, pass_ = _run(value, x, new_x_ptr, new, one, goal, limit, TAU)
+        reach, pass_ = _run(value, x, minus, new_x_ptr, new, one, goal, limit, TAU)
         reach_t = _time(reach, new_t_ptr, new, c0)
         if TAU:
             pass_t = _time(pass_, new_t_ptr, new, c0)
@@ -268,23 +276,23 @@ def _finish(
     tl.store(plus_end_ptr + t, t + shift, mask=live & (plus_at >= passed))
 
 
-@triton.jit(do_not_specialize=["K", "M", "N", "shift", "fine", "few", "blocks"])
+@triton.jit(do_not_specialize=["K", "M", "N", "shift", "fine", "few", "blocks", "stretches", "first"])
 def walk_kernel(
     table_ptr, us_ptr, ev_q_ptr, ev_t_ptr, order_ptr, key_ptr, key_q_ptr, ring_ptr, new_t_ptr, new_x_ptr, change_ptr,
-    tau_ptr, interior_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, blocks, M, N, shift, K, fine, few, LOG: tl.constexpr,
-    BLOCKS: tl.constexpr, SPAN: tl.constexpr, EARLIER: tl.constexpr, C: tl.constexpr, WINDOW: tl.constexpr,
-    SCAN: tl.constexpr, RING: tl.constexpr,
+    tau_ptr, interior_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, first, stretches, blocks, M, N, shift, K, fine, few,
+    LOG: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr, EARLIER: tl.constexpr, C: tl.constexpr,
+    WINDOW: tl.constexpr, SCAN: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
-    """The results of a stretch of queries and of the keys that change in it, for tau (axis 0 even) or the rank (odd).
+    """The results of a stretch of queries and of the keys that change in it, for tau (axis 0 even) or ranks (odd).
 
-    Program axis 1: the stretch; the first ones, in which most happens, start first. ``few`` stretches have ``fine``
-    keys, the others C. ``shift`` is the window: prefix t is query t + shift's. Scratch by program: ring int32 [RING],
-    new_t int32 [C], new_x int64 [C], change int64 [2, C].
+    Program axis 1: the stretch, from ``first``; the first ones, in which most happens, start first. ``few`` stretches
+    have ``fine`` keys, the others C. ``shift`` is the window: prefix t is query t + shift's. Scratch by program: ring
+    int32 [RING], new_t int32 [C], new_x int64 [C], change int64 [2, C].
     """
     row = tl.program_id(0).to(tl.int64) // 2
-    p = tl.program_id(1)
-    task = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + p
-    table_ptr += row * (tl.num_programs(1) + 1) * 3 * blocks
+    p = first + tl.program_id(1)
+    task = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    table_ptr += row * (stretches + 1) * 3 * blocks
     key_ptr += row * 3 * M
     ring_ptr += task * RING
     new_t_ptr += task * C

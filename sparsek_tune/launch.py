@@ -101,7 +101,9 @@ def threshold(scores: Tensor, k: int, window: int, config: Config) -> Selection:
         return Selection(tau, expiry, sat_end, sup_end, interior)
     chunk, fine, few, stretches, span, blocks = threshold_t.cuts(m, k, config["CHUNK"])
     cells = (1 + stretches) * 3 * blocks
-    sort, ring, tasks = config["SORT"], threshold_t.ring(config), 2 * rows * stretches
+    walks = _cdiv(stretches, max(1, threshold_t.PROGRAMS // (2 * rows)))
+    programs = _cdiv(stretches, walks)
+    sort, ring, tasks = config["SORT"], threshold_t.ring(config), 2 * rows * programs
     chunks = _cdiv(m, sort) if sort else 1
     own = sort > 0 and chunks <= threshold_t.MERGED
     merged = rows * chunks * sort if own and chunks > 1 else 0
@@ -143,13 +145,14 @@ def threshold(scores: Tensor, k: int, window: int, config: Config) -> Selection:
             threshold_t.prefix_kernel, (_cdiv(3 * blocks, 16), rows),
             table, 1 + stretches, 3 * blocks, TIMES=128, BLOCK=16, num_warps=4,
         )  # fmt: skip
-    _run(
-        walk_t.walk_kernel, (2 * rows, stretches),
-        table, us, events, codes, order, keys, values, rings, new_t, new_x, change, tau, interior, expiry, sat_end,
-        sup_end, blocks, m, n, window, k, fine, few, LOG=log, BLOCKS=next_pow2(blocks), SPAN=span,
-        EARLIER=earlier, C=chunk, WINDOW=config["WINDOW"], SCAN=config["SCAN"], RING=ring,
-        num_warps=config["walk_warps"], maxnreg=threshold_t.REGISTERS,
-    )  # fmt: skip
+    for first in range(0, stretches, programs):
+        _run(
+            walk_t.walk_kernel, (2 * rows, min(programs, stretches - first)),
+            table, us, events, codes, order, keys, values, rings, new_t, new_x, change, tau, interior, expiry, sat_end,
+            sup_end, first, stretches, blocks, m, n, window, k, fine, few, LOG=log, BLOCKS=next_pow2(blocks),
+            SPAN=span, EARLIER=earlier, C=chunk, WINDOW=config["WINDOW"], SCAN=config["SCAN"], RING=ring,
+            num_warps=config["walk_warps"], maxnreg=threshold_t.REGISTERS,
+        )  # fmt: skip
     return Selection(tau, expiry, sat_end, sup_end, interior)
 
 
