@@ -19,11 +19,12 @@ from .tiles import (
     GATE_NONE,
     LOG2E,
     default_tile,
+    gate,
     gated_grads,
+    interval,
     load_rows,
+    mask_logits,
     mma_cost,
-    sees,
-    selected_gate,
     store_rows,
     tile_error,
 )
@@ -39,7 +40,7 @@ MASKED = tl.constexpr(2)
 
 @triton.jit
 def _query_tiles(
-    dk, dv, du, k, v, u, born, lasting, sat_end, begin, end, begin2, end2, q_ptr, do_ptr, lse_ptr, delta_ptr, tau_ptr,
+    dk, dv, du, k, v, u, born, until, sat_end, begin, end, begin2, end2, q_ptr, do_ptr, lse_ptr, delta_ptr, tau_ptr,
     sq_n, sq_h, sdo_n, sdo_h, N, scale, KIND: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, GATE: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +55,8 @@ def _query_tiles(
         i = first + m // HEADS
         ok = h < G
         if KIND == MASKED:
-            ok = (i < tl.where(step < before, end, end2)) & ok
+            stop = tl.where(step < before, end, end2)
+            ok = (i < stop) & ok
         token = i
         sub = h
         if WIDE:
@@ -62,7 +64,7 @@ def _query_tiles(
             sub = h.to(tl.int64)
         q = load_rows(q_ptr, token * sq_n + sub * sq_h, 1, ok, D, BD, WIDE)
         do = load_rows(do_ptr, token * sdo_n + sub * sdo_h, 1, ok, D, BD, WIDE)
-        # Rows that read no query have do = 0 and delta = 0; those of no head add zeros, those past the end are masked.
+        # Rows of no head read do = 0 and delta = 0 and add nothing; those past the end are masked.
         lse = tl.load(lse_ptr + h * N + i, mask=ok, other=0.0) * LOG2E
         delta = tl.load(delta_ptr + h * N + i, mask=ok, other=0.0)[None, :]
         s = tl.dot(k, tl.trans(q), input_precision="ieee")
@@ -70,14 +72,14 @@ def _query_tiles(
         logit = s * log_scale
         if KIND != PLAIN and GATE != GATE_NONE:
             tau = tl.load(tau_ptr + i, mask=ok, other=0.0)
-            g = selected_gate(u[:, None], tau[None, :])
-            if KIND == MASKED:
-                g = tl.maximum(g, 0.0)
+            g = gate(u[:, None], tau[None, :])
             if GATE == GATE_KV:
                 logit = logit * g
-        a = tl.exp2(logit - lse[None, :])
+        logit -= lse[None, :]
         if KIND == MASKED:
-            a = tl.where(sees(i[None, :], born[:, None], lasting[:, None]) & ok[None, :], a, 0.0)
+            middle, half = interval(born, tl.minimum(until, stop) - born, first)
+            logit = mask_logits(logit, (i - first).to(tl.float32)[None, :], middle[:, None], half[:, None])
+        a = tl.exp2(logit)
         if KIND == PLAIN or GATE == GATE_NONE:
             dv = tl.dot(a.to(do.dtype), do, dv, input_precision="ieee")
             ds = a * (dp - delta)
@@ -106,18 +108,17 @@ def _key_tile(
     gated = masked
     if GATE != GATE_NONE:
         gated = tl.minimum(clear + tl.maximum(tl.min(sat_end, 0) - clear, 0) // BQ * BQ, masked)
-    lasting = until - born
     dk, dv, du = _query_tiles(
-        dk, dv, du, k, v, u, born, lasting, sat_end, clear, gated, 0, 0, q_ptr, do_ptr, lse_ptr, delta_ptr, tau_ptr,
+        dk, dv, du, k, v, u, born, until, sat_end, clear, gated, 0, 0, q_ptr, do_ptr, lse_ptr, delta_ptr, tau_ptr,
         sq_n, sq_h, sdo_n, sdo_h, N, scale, PLAIN, G, HEADS, D, BD, GATE, WIDE, BM,
     )  # fmt: skip
     if GATE != GATE_NONE:
         dk, dv, du = _query_tiles(
-            dk, dv, du, k, v, u, born, lasting, sat_end, gated, masked, 0, 0, q_ptr, do_ptr, lse_ptr, delta_ptr,
+            dk, dv, du, k, v, u, born, until, sat_end, gated, masked, 0, 0, q_ptr, do_ptr, lse_ptr, delta_ptr,
             tau_ptr, sq_n, sq_h, sdo_n, sdo_h, N, scale, GATED, G, HEADS, D, BD, GATE, WIDE, BM,
         )  # fmt: skip
     dk, dv, du = _query_tiles(
-        dk, dv, du, k, v, u, born, lasting, sat_end, begin, clear, masked, end, q_ptr, do_ptr, lse_ptr, delta_ptr,
+        dk, dv, du, k, v, u, born, until, sat_end, begin, clear, masked, end, q_ptr, do_ptr, lse_ptr, delta_ptr,
         tau_ptr, sq_n, sq_h, sdo_n, sdo_h, N, scale, MASKED, G, HEADS, D, BD, GATE, WIDE, BM,
     )  # fmt: skip
     return dk, dv, du

@@ -18,18 +18,19 @@ from .tiles import (
     GATE_NONE,
     LOG2E,
     default_tile,
+    gate,
     gated_entries,
     gated_grads,
+    interval,
     list_runs,
     load_rows,
+    mask_logits,
     masked_columns,
     masked_entries,
     masked_keys,
     masked_steps,
     mma_cost,
     plain_keys,
-    sees,
-    selected_gate,
     store_rows,
     tile_error,
     window_runs,
@@ -110,7 +111,7 @@ def dq_kernel(
             entry = gated_entries(step, clear, plain, end, BN)
             u = tl.load(list_u_ptr + entry)
             sat_end = tl.load(list_sat_end_ptr + entry)
-            g = selected_gate(u[None, :], tau[:, None])
+            g = gate(u[None, :], tau[:, None])
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
             dp = tl.dot(do, tl.trans(v), input_precision="ieee")
             logit = s * log_scale
@@ -121,6 +122,7 @@ def dq_kernel(
             acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
             j = next_j
 
+    near = (i - first).to(tl.float32)
     steps = masked_steps(runs, BN)
     j = masked_keys(list_ptr, 0, runs, WINDOW, BN)
     for step in range(0, steps):
@@ -133,11 +135,12 @@ def dq_kernel(
         v = load_rows(v_ptr, j, sv_n, n < BN, D, BD, WIDE)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-        g = tl.maximum(selected_gate(u[None, :], tau[:, None]), 0.0)
+        g = gate(u[None, :], tau[:, None])
         logit = s * log_scale
         if GATE == GATE_KV:
             logit = logit * g
-        a = tl.where(sees(i[:, None], first_query[None, :], lasting[None, :]), tl.exp2(logit - lse[:, None]), 0.0)
+        middle, half = interval(first_query, lasting, first)
+        a = tl.exp2(mask_logits(logit - lse[:, None], near[:, None], middle[None, :], half[None, :]))
         if GATE == GATE_NONE:
             ds = a * (dp - delta[:, None])
         else:

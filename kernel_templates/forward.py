@@ -16,16 +16,17 @@ from .tiles import (
     GATE_NONE,
     LOG2E,
     default_tile,
+    gate,
     gated_entries,
+    interval,
     list_runs,
     load_rows,
+    mask_logits,
     masked_columns,
     masked_keys,
     masked_steps,
     mma_cost,
     plain_keys,
-    sees,
-    selected_gate,
     store_rows,
     tile_error,
     window_runs,
@@ -41,14 +42,11 @@ def _accumulate(acc, peak, norm, x, g, v, GATED: tl.constexpr, ONLINE: tl.conste
     """Add exp2(x - peak) of the logits x (base 2), gated by g, to the sums; ONLINE raises peak to the largest."""
     if ONLINE:
         new_peak = tl.maximum(peak, tl.max(x, 1))
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        shrink = tl.exp2(peak - base)
+        shrink = tl.exp2(peak - new_peak)
         acc = acc * shrink[:, None]
         norm = norm * shrink
         peak = new_peak
-    else:
-        base = peak
-    p = tl.exp2(x - base[:, None])
+    p = tl.exp2(x - peak[:, None])
     norm += tl.sum(p, 1)
     if GATED:
         p = p * g
@@ -58,13 +56,14 @@ def _accumulate(acc, peak, norm, x, g, v, GATED: tl.constexpr, ONLINE: tl.conste
 
 @triton.jit
 def _masked(
-    acc, peak, norm, q, i, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr, runs, window,
+    acc, peak, norm, q, i, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr, runs, first, window,
     log_scale, D: tl.constexpr, BD: tl.constexpr, GATE: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr,
     BN: tl.constexpr, ONLINE: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Add the masked runs (``tiles.masked_entries``) to the sums."""
     n = tl.arange(0, BN)
+    i = (i - first).to(tl.float32)
     steps = masked_steps(runs, BN)
     j = masked_keys(list_ptr, 0, runs, WINDOW, BN)
     for step in tl.range(0, steps, num_stages=STAGES):
@@ -72,10 +71,11 @@ def _masked(
         u, first_query, lasting = masked_columns(list_ptr, list_u_ptr, list_expiry_ptr, step, runs, window, WINDOW, BN)
         k = load_rows(k_ptr, j, sk_n, n < BN, D, BD, WIDE)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        g = tl.maximum(selected_gate(u[None, :], tau[:, None]), 0.0)
+        g = gate(u[None, :], tau[:, None])
         if GATE == GATE_KV:
             s = s * g
-        x = tl.where(sees(i[:, None], first_query[None, :], lasting[None, :]), s * log_scale, float("-inf"))
+        middle, half = interval(first_query, lasting, first)
+        x = mask_logits(s * log_scale, i[:, None], middle[None, :], half[None, :])
         v = load_rows(v_ptr, j, sv_n, n < BN, D, BD, WIDE)
         acc, peak, norm = _accumulate(acc, peak, norm, x, g, v, GATE != GATE_NONE, ONLINE)
         j = next_j
@@ -157,7 +157,7 @@ def forward_kernel(
             k = load_rows(k_ptr, j, sk_n, n < BN, D, BD, WIDE)
             u = tl.load(list_u_ptr + gated_entries(step, clear, plain, end, BN))
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
-            g = selected_gate(u[None, :], tau[:, None])
+            g = gate(u[None, :], tau[:, None])
             if GATE == GATE_KV:
                 s = s * g
             v = load_rows(v_ptr, j, sv_n, n < BN, D, BD, WIDE)
@@ -165,15 +165,15 @@ def forward_kernel(
             j = next_j
 
     acc, peak, norm = _masked(
-        acc, peak, norm, q, i, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr, runs, window,
-        log_scale, D, BD, GATE, WINDOW, WIDE, BN, ONLINE, STAGES,
+        acc, peak, norm, q, i, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr, runs, first,
+        window, log_scale, D, BD, GATE, WINDOW, WIDE, BN, ONLINE, STAGES,
     )  # fmt: skip
     if not ONLINE:
         good = (norm >= SMALL) & (norm <= LARGE)
         if tl.min((good | (ok == 0)).to(tl.int32), 0) == 0:
             acc, peak, norm = _masked(
                 tl.zeros([BM, BD], tl.float32), tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32),
-                q, i, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr, everything, window,
+                q, i, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr, everything, first, window,
                 log_scale, D, BD, GATE, WINDOW, WIDE, BN, True, 1,
             )  # fmt: skip
 

@@ -43,10 +43,15 @@ def store_rows(ptr, index, stride, ok, x, D: tl.constexpr, BD: tl.constexpr, WID
 
 
 @triton.jit
-def selected_gate(u, tau):
-    """The gate clip(u - tau, 0, 1) (paper, section 3) of selected keys: their scores lie above tau, so the lower bound
-    never acts. tau = -inf gives 1, also where u is -inf (a key masked by its score)."""
-    return tl.minimum(tl.maximum(u, -3.0e38) - tau, 1.0)
+def unit(x):
+    """clip(x, 0, 1): with the addition before it one saturating instruction."""
+    return tl.maximum(tl.minimum(x, 1.0), 0.0)
+
+
+@triton.jit
+def gate(u, tau):
+    """clip(u - tau, 0, 1) (paper, section 3); tau = -inf gives 1, also where u is -inf (a key masked by its score)."""
+    return unit(tl.maximum(u, -3.0e38) - tau)
 
 
 @triton.jit
@@ -167,9 +172,19 @@ def masked_columns(list_ptr, u_ptr, expiry_ptr, step, runs, window, WINDOW: tl.c
 
 
 @triton.jit
-def sees(i, born, lasting):
-    """Whether query i sees a key born at ``born`` that lasts ``lasting`` queries: one unsigned comparison."""
-    return (i - born).to(tl.uint32) < lasting.to(tl.uint32)
+def interval(first_query, lasting, base):
+    """Middle and half width of the interval of queries that see a key, relative to query ``base``: exact in float32
+    for the up to 256 queries from there on."""
+    begin = tl.maximum(tl.minimum(first_query - base, 1024), -2)
+    end = tl.maximum(tl.minimum(first_query + lasting - base, 1024), -2)
+    return (begin + end - 1).to(tl.float32) * 0.5, (end - begin).to(tl.float32) * 0.5 + 0.5
+
+
+@triton.jit
+def mask_logits(x, i, middle, half):
+    """x where the query at distance i (float32) from the interval's base sees the key, -1e38 elsewhere. In arithmetic:
+    a tile of comparisons does not fit the predicate registers, and packing them costs more."""
+    return tl.minimum(x, unit(half - tl.abs(i - middle)) * 2.0e38 - 1.0e38)
 
 
 def tile_smem(problem, rows: int, keys: int, matrices_rows: int, matrices_keys: int, stages: int) -> int:
