@@ -44,7 +44,7 @@ def _query_tiles(
     sq_n, sq_h, sdo_n, sdo_h, N, scale, KIND: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, GATE: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Add what queries [begin, end) and [begin2, end2) give to dk / scale, dv and the direct part of du."""
+    """Add what queries [begin, end), whole tiles, and [begin2, end2) give to dk / scale, dv and the direct part of du."""
     BQ: tl.constexpr = BM // HEADS
     m = tl.arange(0, BM)
     h = m % HEADS
@@ -55,8 +55,7 @@ def _query_tiles(
         i = first + m // HEADS
         ok = h < G
         if KIND == MASKED:
-            stop = tl.where(step < before, end, end2)
-            ok = (i < stop) & ok
+            ok = (i < end2) & ok
         token = i
         sub = h
         if WIDE:
@@ -77,7 +76,7 @@ def _query_tiles(
                 logit = logit * g
         logit -= lse[None, :]
         if KIND == MASKED:
-            middle, half = interval(born, tl.minimum(until, stop) - born, first)
+            middle, half = interval(born, until - born, first)
             logit = mask_logits(logit, (i - first).to(tl.float32)[None, :], middle[:, None], half[:, None])
         a = tl.exp2(logit)
         if KIND == PLAIN or GATE == GATE_NONE:
@@ -102,9 +101,10 @@ def _key_tile(
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BD], tl.float32)
     du = tl.zeros([BN], tl.float32)
+    until = tl.minimum(until, end)
     # Whole tiles of queries that see every key: saturated in [clear, gated), gated in [gated, masked).
     clear = tl.minimum(begin + tl.cdiv(tl.maximum(tl.max(born, 0) - begin, 0), BQ) * BQ, end)
-    masked = clear + tl.maximum(tl.minimum(tl.min(until, 0), end) - clear, 0) // BQ * BQ
+    masked = clear + tl.maximum(tl.min(until, 0) - clear, 0) // BQ * BQ
     gated = masked
     if GATE != GATE_NONE:
         gated = tl.minimum(clear + tl.maximum(tl.min(sat_end, 0) - clear, 0) // BQ * BQ, masked)
@@ -297,7 +297,7 @@ def reduce_kernel(
 
 
 def _default(problem, device):
-    return Config(default_tile(problem, 32, 64), BLOCK=4, reduce_warps=1)
+    return Config(default_tile(problem, 32, 64, 3), BLOCK=4, reduce_warps=1)
 
 
 def _check(config, problem, device):

@@ -161,7 +161,7 @@ def dq_kernel(
 
 
 def _default(problem, device):
-    return Config(default_tile(problem, 64, 32))
+    return Config(default_tile(problem, 64, 32, 2))
 
 
 def _check(config, problem, device):

@@ -193,13 +193,14 @@ def tile_smem(problem, rows: int, keys: int, matrices_rows: int, matrices_keys: 
     return width * (rows * matrices_rows + keys * matrices_keys * stages)
 
 
-def default_tile(problem, rows: int, keys: int) -> dict[str, int]:
+def default_tile(problem, rows: int, keys: int, stages: int) -> dict[str, int]:
     """A tile that does not spill: (rows, keys) up to D = 128, smaller where D is larger or dots are unrolled (fp32)."""
+    warps = 4
     if problem.dtype == "fp32":
-        rows = keys = 32 if problem.d <= 64 else 16
+        rows, keys, stages, warps = (32, 32, 2, 4) if problem.d <= 64 else (16, 16, 2, 8)
     elif problem.d > 128:
-        rows = keys = 32
-    return {"BM": max(rows, next_pow2(problem.g)), "BN": keys, "num_warps": 4, "num_stages": 2}
+        rows, keys, stages = 32, 32, 2
+    return {"BM": max(rows, next_pow2(problem.g)), "BN": keys, "num_warps": warps, "num_stages": stages}
 
 
 def mma_cost(problem, rows: float, tile_rows: int, other: int) -> tuple[float, float]:

@@ -73,8 +73,9 @@ def test_few_launches_before_the_attention(n, launches):
     problem = Problem.of("bf16", 128, 4, "kv", 1024 if n == 16384 else 512, 512, n, 8)
     first, second = (TEMPLATES[name].default(problem, DEVICE) for name in ("threshold", "schedule"))
     with launch.compile_only() as compiled:
-        selection = launch.threshold(torch.empty(1, 8, n, device="meta"), problem.k, problem.w, first)
-        launch.schedule(selection, problem.k, problem.w, second)
+        scores = torch.empty(1, 8, n, device="meta")
+        selection = launch.threshold(scores, problem.k, problem.w, first)
+        launch.schedule(scores, selection, problem.k, problem.w, second)
     assert len(compiled) == launches
 
 

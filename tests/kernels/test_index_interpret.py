@@ -97,9 +97,10 @@ def test_cuts_cover_the_row_and_stay_bounded(m, budget, chunk):
 @pytest.mark.parametrize(("n", "k", "w", "block"), [(130, 12, 7, 16), (100, 40, 0, 64), (50, 60, 3, 8)])
 def test_schedule_lays_out_every_part(kind, n, k, w, block, monkeypatch):
     monkeypatch.setattr(schedule, "FANOUT", 2)
-    selection = reference.select(make_scores(kind, n), k, w)
+    scores = make_scores(kind, n)
+    selection = reference.select(scores, k, w)
     size, expiry, sat_end = 16, selection.expiry.flatten(), selection.sat_end.flatten()
-    lists = launch.schedule(selection, k, w, Config(SEGMENT=size, BLOCK=block, num_warps=1))
+    lists = launch.schedule(scores, selection, k, w, Config(SEGMENT=size, BLOCK=block, num_warps=1))
     j = torch.arange(n)
     for segment, begin in enumerate(range(0, n, size)):
         end = min(begin + size, n)
@@ -107,10 +108,15 @@ def test_schedule_lays_out_every_part(kind, n, k, w, block, monkeypatch):
         dropped = j[before & (expiry < end)]
         stays, whole = before & (expiry >= end), sat_end >= end
         born = j[(j + w >= begin) & (j + w < end) & (expiry > j + w)]
-        parts = [dropped[expiry[dropped].argsort()], j[stays & ~whole], j[stays & whole], born]
+        outlives, late = born[expiry[born] >= end], born[expiry[born] < end]
+        parts = [dropped[expiry[dropped].argsort()], j[stays & ~whole], j[stays & whole], outlives, late]
         ends = torch.tensor([len(p) for p in parts]).cumsum(0)
         assert lists.bounds[0, segment].tolist() == ends.tolist()
-        assert lists.keys[0, segment, : ends[3]].tolist() == torch.cat(parts).tolist()
+        listed = torch.cat(parts)
+        assert lists.keys[0, segment, : ends[4]].tolist() == listed.tolist()
+        for beside, values in ((lists.scores, scores), (lists.expiry, expiry), (lists.sat_end, sat_end)):
+            assert torch.equal(beside[0, segment, : ends[4]], values.flatten()[listed])
         query = torch.arange(begin, end)[:, None]
         assert lists.start[0, begin:end].tolist() == (expiry[dropped] <= query).sum(1).tolist()
-        assert lists.stop[0, begin:end].tolist() == (ends[2] + (born + w <= query).sum(1)).tolist()
+        assert lists.stop[0, begin:end].tolist() == (ends[2] + (outlives + w <= query).sum(1)).tolist()
+        assert lists.late_stop[0, begin:end].tolist() == (ends[3] + (late + w <= query).sum(1)).tolist()
