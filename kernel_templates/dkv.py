@@ -44,7 +44,7 @@ def _query_tiles(
     sq_n, sq_h, sdo_n, sdo_h, N, scale, KIND: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, GATE: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Add what queries [begin, end), whole tiles, and [begin2, end2) give to dk / scale, dv and du (its direct part)."""
+    """Add what queries [begin, end), whole tiles, and [begin2, end2) give to dk / scale, dv and du's direct part."""
     BQ: tl.constexpr = BM // HEADS
     m = tl.arange(0, BM)
     h = m % HEADS
