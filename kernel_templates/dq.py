@@ -18,6 +18,7 @@ from .tiles import (
     GATE_NONE,
     LOG2E,
     default_tile,
+    edge_keys,
     gate,
     gated_entries,
     gated_grads,
@@ -89,7 +90,7 @@ def dq_kernel(
     window_lo, window_clear, window_end = last + 1, last + 1, last + 1
     if WINDOW:
         window_lo, window_clear, window_end = window_runs(first, last, window, BN)
-    runs = lo, clear, born, hi, late, late_hi, window_lo, window_clear, window_end, last
+    runs = lo, clear, born, hi, late, late_hi
 
     listed = (end - plain) // BN
     j = plain_keys(list_ptr, 0, plain, listed, window_clear, SELECTED, WINDOW, BN)
@@ -105,7 +106,8 @@ def dq_kernel(
     if SELECTED and GATE != GATE_NONE:
         j = tl.load(list_ptr + gated_entries(0, clear, plain, end, BN))
         for step in range(0, (plain - clear + born - end) // BN):
-            next_j = tl.load(list_ptr + gated_entries(step + 1, clear, plain, end, BN))
+            ahead = gated_entries(step + 1, clear, plain, end, BN)
+            next_j = tl.load(list_ptr + ahead, mask=ahead < CAP, other=0)
             k = load_rows(k_ptr, j, sk_n, n < BN, D, BD, WIDE)
             v = load_rows(v_ptr, j, sv_n, n < BN, D, BD, WIDE)
             entry = gated_entries(step, clear, plain, end, BN)
@@ -123,31 +125,41 @@ def dq_kernel(
             j = next_j
 
     near = (i - first).to(tl.float32)
-    steps = masked_steps(runs, BN)
-    j = masked_keys(list_ptr, 0, runs, WINDOW, BN)
-    for step in range(0, steps):
-        next_j = masked_keys(list_ptr, step + 1, runs, WINDOW, BN)
-        u, first_query, lasting = masked_columns(list_ptr, list_u_ptr, list_expiry_ptr, step, runs, window, WINDOW, BN)
-        if GATE != GATE_NONE:
-            entry, _, of_list, _ = masked_entries(step, runs, WINDOW, BN)
-            sat_end = tl.load(list_sat_end_ptr + entry, mask=of_list, other=1 << 30)
-        k = load_rows(k_ptr, j, sk_n, n < BN, D, BD, WIDE)
-        v = load_rows(v_ptr, j, sv_n, n < BN, D, BD, WIDE)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-        g = gate(u[None, :], tau[:, None])
-        logit = s * log_scale
-        if GATE == GATE_KV:
-            logit = logit * g
-        middle, half = interval(first_query, lasting, first)
-        a = tl.exp2(mask_logits(logit - lse[:, None], near[:, None], middle[None, :], half[None, :]))
-        if GATE == GATE_NONE:
-            ds = a * (dp - delta[:, None])
-        else:
-            ds, dm = gated_grads(a, g, s, dp, delta[:, None], scale, GATE)
-            g_sum += tl.sum(tl.where(i[:, None] >= sat_end[None, :], dm, 0.0), 1)
-        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
-        j = next_j
+    if SELECTED:
+        j = masked_keys(list_ptr, 0, runs, BN)
+        for step in range(0, masked_steps(runs, BN)):
+            next_j = masked_keys(list_ptr, step + 1, runs, BN)
+            u, first_query, lasting = masked_columns(list_ptr, list_u_ptr, list_expiry_ptr, step, runs, window, BN)
+            k = load_rows(k_ptr, j, sk_n, n < BN, D, BD, WIDE)
+            v = load_rows(v_ptr, j, sv_n, n < BN, D, BD, WIDE)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee")
+            dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+            g = gate(u[None, :], tau[:, None])
+            logit = s * log_scale
+            if GATE == GATE_KV:
+                logit = logit * g
+            middle, half = interval(first_query, lasting, first)
+            a = tl.exp2(mask_logits(logit - lse[:, None], near[:, None], middle[None, :], half[None, :]))
+            if GATE == GATE_NONE:
+                ds = a * (dp - delta[:, None])
+            else:
+                entry, inside = masked_entries(step, runs, BN)
+                sat_end = tl.load(list_sat_end_ptr + entry, mask=inside, other=0)
+                ds, dm = gated_grads(a, g, s, dp, delta[:, None], scale, GATE)
+                g_sum += tl.sum(tl.where(i[:, None] >= sat_end[None, :], dm, 0.0), 1)
+            acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
+            j = next_j
+
+    if WINDOW:
+        for step in range(0, tl.cdiv(window_clear - window_lo + last + 1 - window_end, BN)):
+            j, lasting = edge_keys(step, window_lo, window_clear, window_end, last, window, BN)
+            k = load_rows(k_ptr, j, sk_n, j >= 0, D, BD, WIDE)
+            v = load_rows(v_ptr, j, sv_n, j >= 0, D, BD, WIDE)
+            logit = tl.dot(q, tl.trans(k), input_precision="ieee") * log_scale - lse[:, None]
+            middle, half = interval(j, lasting, first)
+            a = tl.exp2(mask_logits(logit, near[:, None], middle[None, :], half[None, :]))
+            ds = a * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+            acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
 
     dq_ptr += batch * sdq_b + head * G * sdq_h
     store_rows(dq_ptr, token * sdq_n + sub * sdq_h, 1, ok, acc * scale, D, BD, WIDE)

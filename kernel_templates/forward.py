@@ -16,6 +16,7 @@ from .tiles import (
     GATE_NONE,
     LOG2E,
     default_tile,
+    edge_keys,
     gate,
     gated_entries,
     interval,
@@ -56,29 +57,43 @@ def _accumulate(acc, peak, norm, x, g, v, GATED: tl.constexpr, ONLINE: tl.conste
 
 @triton.jit
 def _masked(
-    acc, peak, norm, q, i, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr, runs, first, window,
-    log_scale, D: tl.constexpr, BD: tl.constexpr, GATE: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr,
-    BN: tl.constexpr, ONLINE: tl.constexpr,
-    STAGES: tl.constexpr,
+    acc, peak, norm, q, near, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr, runs, first, window,
+    log_scale, D: tl.constexpr, BD: tl.constexpr, GATE: tl.constexpr, WIDE: tl.constexpr, BN: tl.constexpr,
+    ONLINE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Add the masked runs (``tiles.masked_entries``) to the sums."""
+    """Add the masked runs of a list to the sums. near: the rows' queries, from ``first`` on."""
     n = tl.arange(0, BN)
-    i = (i - first).to(tl.float32)
-    steps = masked_steps(runs, BN)
-    j = masked_keys(list_ptr, 0, runs, WINDOW, BN)
-    for step in tl.range(0, steps, num_stages=STAGES):
-        next_j = masked_keys(list_ptr, step + 1, runs, WINDOW, BN)
-        u, first_query, lasting = masked_columns(list_ptr, list_u_ptr, list_expiry_ptr, step, runs, window, WINDOW, BN)
+    j = masked_keys(list_ptr, 0, runs, BN)
+    for step in tl.range(0, masked_steps(runs, BN), num_stages=STAGES):
+        next_j = masked_keys(list_ptr, step + 1, runs, BN)
+        u, first_query, lasting = masked_columns(list_ptr, list_u_ptr, list_expiry_ptr, step, runs, window, BN)
         k = load_rows(k_ptr, j, sk_n, n < BN, D, BD, WIDE)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         g = gate(u[None, :], tau[:, None])
         if GATE == GATE_KV:
             s = s * g
         middle, half = interval(first_query, lasting, first)
-        x = mask_logits(s * log_scale, i[:, None], middle[None, :], half[None, :])
+        x = mask_logits(s * log_scale, near[:, None], middle[None, :], half[None, :])
         v = load_rows(v_ptr, j, sv_n, n < BN, D, BD, WIDE)
         acc, peak, norm = _accumulate(acc, peak, norm, x, g, v, GATE != GATE_NONE, ONLINE)
         j = next_j
+    return acc, peak, norm
+
+
+@triton.jit
+def _edges(
+    acc, peak, norm, q, near, k_ptr, v_ptr, sk_n, sv_n, lo, clear, end, first, last, window, log_scale,
+    D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, BN: tl.constexpr, ONLINE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Add the window keys that not all of the tile's queries see."""
+    for step in tl.range(0, tl.cdiv(clear - lo + last + 1 - end, BN), num_stages=STAGES):
+        j, lasting = edge_keys(step, lo, clear, end, last, window, BN)
+        k = load_rows(k_ptr, j, sk_n, j >= 0, D, BD, WIDE)
+        x = tl.dot(q, tl.trans(k), input_precision="ieee") * log_scale
+        middle, half = interval(j, lasting, first)
+        x = mask_logits(x, near[:, None], middle[None, :], half[None, :])
+        v = load_rows(v_ptr, j, sv_n, j >= 0, D, BD, WIDE)
+        acc, peak, norm = _accumulate(acc, peak, norm, x, x, v, False, ONLINE)
     return acc, peak, norm
 
 
@@ -126,17 +141,17 @@ def forward_kernel(
             bounds_ptr, start_ptr + row * N, stop_ptr + row * N, late_stop_ptr + row * N, slot, first, last, BN,
             GATE != GATE_NONE,
         )  # fmt: skip
+    runs = lo, clear, born, hi, late, late_hi
     window_lo, window_clear, window_end = last + 1, last + 1, last + 1
     if WINDOW:
         window_lo, window_clear, window_end = window_runs(first, last, window, BN)
-    runs = lo, clear, born, hi, late, late_hi, window_lo, window_clear, window_end, last
-    everything = lo, hi, hi, hi, late, late_hi, window_lo, window_clear, window_clear, last
 
+    near = (i - first).to(tl.float32)
     peak = tl.full([BM], float("-inf"), tl.float32)
     if not ONLINE:
         # Softmax does not care what is subtracted, as long as nothing leaves the range of float32 (and bfloat16): the
         # largest logit of some keys will do, and spares the running maximum.
-        j = masked_keys(list_ptr, 0, everything, WINDOW, BN)
+        j = tl.maximum(window_end - 1 - n, 0) if WINDOW else masked_keys(list_ptr, 0, (lo, hi, hi, hi, hi, hi), BN)
         k = load_rows(k_ptr, j, sk_n, j >= 0, D, BD, WIDE)
         peak = tl.max(tl.dot(q, tl.trans(k), input_precision="ieee") * log_scale, 1)
 
@@ -154,8 +169,8 @@ def forward_kernel(
     if SELECTED and GATE != GATE_NONE:
         j = tl.load(list_ptr + gated_entries(0, clear, plain, end, BN))
         for step in range(0, (plain - clear + born - end) // BN):
-            # Past the last block it may read what follows: within the list, and of no use.
-            next_j = tl.load(list_ptr + gated_entries(step + 1, clear, plain, end, BN))
+            ahead = gated_entries(step + 1, clear, plain, end, BN)
+            next_j = tl.load(list_ptr + ahead, mask=ahead < CAP, other=0)
             k = load_rows(k_ptr, j, sk_n, n < BN, D, BD, WIDE)
             u = tl.load(list_u_ptr + gated_entries(step, clear, plain, end, BN))
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
@@ -166,18 +181,32 @@ def forward_kernel(
             acc, peak, norm = _accumulate(acc, peak, norm, s * log_scale, g, v, True, ONLINE)
             j = next_j
 
-    acc, peak, norm = _masked(
-        acc, peak, norm, q, i, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr, runs, first,
-        window, log_scale, D, BD, GATE, WINDOW, WIDE, MASKED, ONLINE, STAGES,
-    )  # fmt: skip
+    if SELECTED:
+        acc, peak, norm = _masked(
+            acc, peak, norm, q, near, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr, runs, first,
+            window, log_scale, D, BD, GATE, WIDE, MASKED, ONLINE, STAGES,
+        )  # fmt: skip
+    if WINDOW:
+        acc, peak, norm = _edges(
+            acc, peak, norm, q, near, k_ptr, v_ptr, sk_n, sv_n, window_lo, window_clear, window_end, first, last,
+            window, log_scale, D, BD, WIDE, BN, ONLINE, STAGES,
+        )  # fmt: skip
     if not ONLINE:
         good = (norm >= SMALL) & (norm <= LARGE)
         if tl.min((good | (ok == 0)).to(tl.int32), 0) == 0:
-            acc, peak, norm = _masked(
-                tl.zeros([BM, BD], tl.float32), tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32),
-                q, i, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr, everything, first, window,
-                log_scale, D, BD, GATE, WINDOW, WIDE, MASKED, True, 1,
-            )  # fmt: skip
+            acc = tl.zeros([BM, BD], tl.float32)
+            norm = tl.zeros([BM], tl.float32)
+            peak = tl.full([BM], float("-inf"), tl.float32)
+            if SELECTED:
+                acc, peak, norm = _masked(
+                    acc, peak, norm, q, near, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr,
+                    (lo, hi, hi, hi, late, late_hi), first, window, log_scale, D, BD, GATE, WIDE, MASKED, True, 1,
+                )  # fmt: skip
+            if WINDOW:
+                acc, peak, norm = _edges(
+                    acc, peak, norm, q, near, k_ptr, v_ptr, sk_n, sv_n, window_lo, window_end, window_end, first, last,
+                    window, log_scale, D, BD, WIDE, MASKED, True, 1,
+                )  # fmt: skip
 
     o = acc / tl.where(norm > 0, norm, 1.0)[:, None]
     at_out = i * so_n + h * so_h

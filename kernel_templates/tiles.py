@@ -120,55 +120,50 @@ def gated_entries(step, clear, plain, end, BN: tl.constexpr):
 
 
 @triton.jit
-def masked_entries(step, runs, WINDOW: tl.constexpr, BN: tl.constexpr):
-    """Block number ``step`` of the masked runs, one after the other: of the list [lo, clear), [born, hi) and [late,
-    late_hi), of the window [window_lo, window_clear) and [window_end, last]. Positions in the list, keys of the window,
-    whether they are of the list, and whether they are at all."""
-    lo, clear, born, hi, late, late_hi, window_lo, window_clear, window_end, last = runs
+def masked_entries(step, runs, BN: tl.constexpr):
+    """Block number ``step`` of the masked runs of a list, [lo, clear), [born, hi) and [late, late_hi), one after the
+    other: positions in the list, and whether they are of a run."""
+    lo, clear, born, hi, late, late_hi = runs
     e = step * BN + tl.arange(0, BN)
     below = clear - lo
     early = below + hi - born
-    listed = early + late_hi - late
     entry = tl.where(e < below, lo + e, tl.where(e < early, born + e - below, late + e - early))
-    of_list = e < listed
-    key, inside = e, of_list
-    if WINDOW:
-        rest = e - listed
-        before = window_clear - window_lo
-        key = tl.where(rest < before, window_lo + rest, window_end + rest - before)
-        inside = of_list | (key <= last)
-    return entry, key, of_list, inside
+    return entry, e < early + late_hi - late
 
 
 @triton.jit
 def masked_steps(runs, BN: tl.constexpr):
     """Number of blocks of the masked runs."""
-    lo, clear, born, hi, late, late_hi, window_lo, window_clear, window_end, last = runs
-    listed = clear - lo + hi - born + late_hi - late
-    return tl.cdiv(listed + window_clear - window_lo + last + 1 - window_end, BN)
+    lo, clear, born, hi, late, late_hi = runs
+    return tl.cdiv(clear - lo + hi - born + late_hi - late, BN)
 
 
 @triton.jit
-def masked_keys(list_ptr, step, runs, WINDOW: tl.constexpr, BN: tl.constexpr):
+def masked_keys(list_ptr, step, runs, BN: tl.constexpr):
     """Their keys, 0 where there is none."""
-    entry, key, of_list, inside = masked_entries(step, runs, WINDOW, BN)
-    j = tl.load(list_ptr + entry, mask=of_list, other=0)
-    return tl.where(of_list, j, tl.where(inside, key, 0)) if WINDOW else j
+    entry, inside = masked_entries(step, runs, BN)
+    return tl.load(list_ptr + entry, mask=inside, other=0)
 
 
 @triton.jit
-def masked_columns(list_ptr, u_ptr, expiry_ptr, step, runs, window, WINDOW: tl.constexpr, BN: tl.constexpr):
-    """Their scores, infinite for a window key, whose gate is 1; their first queries, and how many queries see them."""
-    entry, key, of_list, inside = masked_entries(step, runs, WINDOW, BN)
-    u = tl.load(u_ptr + entry, mask=of_list, other=float("inf"))
-    first = tl.load(list_ptr + entry, mask=of_list, other=0) + window
-    lasting = tl.load(expiry_ptr + entry, mask=of_list, other=0) - first
-    if WINDOW:
-        first = tl.where(of_list, first, key)
-        lasting = tl.where(of_list, lasting, tl.where(inside, window, 0))
-    else:
-        lasting = tl.where(of_list, lasting, 0)
-    return u, first, lasting
+def masked_columns(list_ptr, u_ptr, expiry_ptr, step, runs, window, BN: tl.constexpr):
+    """Their scores, their first queries, and how many queries see them: none where there is no key."""
+    entry, inside = masked_entries(step, runs, BN)
+    u = tl.load(u_ptr + entry, mask=inside, other=0.0)
+    first = tl.load(list_ptr + entry, mask=inside, other=0) + window
+    until = tl.load(expiry_ptr + entry, mask=inside, other=0)
+    return u, first, tl.where(inside, until - first, 0)
+
+
+@triton.jit
+def edge_keys(step, lo, clear, end, last, window, BN: tl.constexpr):
+    """Block number ``step`` of the masked window keys, [lo, clear) and [end, last] one after the other: keys, 0 where
+    there is none, and how many queries see them, each the first."""
+    e = step * BN + tl.arange(0, BN)
+    before = clear - lo
+    key = tl.where(e < before, lo + e, end + e - before)
+    inside = key <= last
+    return tl.where(inside, key, 0), tl.where(inside, window, 0)
 
 
 @triton.jit
