@@ -25,6 +25,8 @@ _passed: set[Any] = set()  # every property that check_attention looks at, of ar
 
 def compute_dtype(t: Tensor) -> torch.dtype:
     """The dtype that ``t`` is computed in: autocast's where it is on (it leaves float64 alone)."""
+    if not torch._C._is_any_autocast_enabled():
+        return t.dtype
     kind = t.device.type
     if t.dtype != torch.float64 and kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)

@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 
 KNOWN = ("3.6", "3.7", "3.8", "3.9")  # whose C launchers are called as below
 
-_known = triton.__version__.rsplit(".", 1)[0] in KNOWN
+_known = ".".join(triton.__version__.split(".")[:2]) in KNOWN
 _run = JITFunction.run  # replaced by whoever wants to see every launch
 _bound: dict[Any, Bound | None] = {}
 _local = threading.local()

@@ -28,7 +28,7 @@ MOST = 1024  # calls remembered; a few kilobytes each
 ALIGNED = 512  # bytes: how PyTorch's own allocations are aligned
 
 _ALLOCATING = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
-_plans: dict[Any, Plan | None] = {}
+_plans: dict[Any, Plan | bool] = {}  # True: seen once; False: cannot be replayed
 
 
 class Plan(NamedTuple):
@@ -72,24 +72,24 @@ class Call(NamedTuple):
     def plan(self) -> Plan | None:
         """What replays the call; None where it must be worked out."""
         plan = _plans.get(self.key)
-        return None if plan is None or any(plan.hooks) or launcher.observed() else plan
+        return plan if isinstance(plan, Plan) and not any(plan.hooks) and not launcher.observed() else None
 
     def work_out(self, function: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """``function`` of the tensors. The call is remembered when it is seen for the second time."""
         if launcher.observed() or _capturing():  # a capture may run on configs that are not the final ones
             return function(*tensors)
-        if self.key not in _plans:
+        seen = _plans.get(self.key)
+        if seen is None:
             if len(_plans) >= MOST:
                 _plans.clear()
-            _plans[self.key] = None
+            _plans[self.key] = True
+        if seen is not True:
             return function(*tensors)
         # Objects of their own, even where two arguments are one tensor: arguments are told apart by identity.
         own = [t.detach() for t in tensors]
         with Recorder(own) as recorder, launcher.recording(recorder.launched):
             results = function(*own)
-        plan = recorder.plan(results)
-        if plan is not None:
-            _plans[self.key] = plan
+        _plans[self.key] = recorder.plan(results) or False
         return results
 
 
