@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ def compute_dtype(t: Tensor) -> torch.dtype:
     return t.dtype
 
 
+def autocast_dtypes(tensors: Iterable[Tensor]) -> tuple[torch.dtype, ...] | None:
+    """The dtypes that autocast has these computed in; None where no autocast is on."""
+    return tuple(map(compute_dtype, tensors)) if torch._C._is_any_autocast_enabled() else None
+
+
 def check_projection(z: Tensor, k: int, dim: int) -> None:
     """Arguments of ``sparsek``."""
     _check_tensor("z", z)
@@ -59,8 +65,9 @@ def check_attention(
 ) -> None:
     """Arguments of ``sparsek_attention``. What has passed once passes again without a look at each condition."""
     try:
-        of = tuple([(t.shape, t.dtype, t.device) for t in (query, key, value, scores)])
-        seen = of, compute_dtype(query), k, type(k), window, type(window), scale, type(scale), gate
+        tensors = query, key, value, scores
+        of = tuple([(t.shape, t.dtype, t.device) for t in tensors])
+        seen = of, autocast_dtypes(tensors), k, type(k), window, type(window), scale, type(scale), gate
         if seen in _passed:
             return
     except (AttributeError, TypeError):  # no tensors, or sizes that are symbols, which have no hash

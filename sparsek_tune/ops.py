@@ -23,7 +23,16 @@ from torch.utils._triton import has_triton_package
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import reference
-from .arguments import DTYPE_NAMES, check_attention, check_gradient, check_projection, check_select, compute_dtype
+from .arguments import (
+    DTYPE_NAMES,
+    autocast_dtypes,
+    check_attention,
+    check_gradient,
+    check_projection,
+    check_select,
+    compute_dtype,
+)
+from .flops import attention_flops, backward_flops
 from .problem import Problem, target_device
 from .reference import Selection
 
@@ -200,7 +209,7 @@ def _replayed(stage: str, anew: Any, tensors: tuple[Tensor, ...], *options: Any)
     first = tensors[0]
     if not first.is_cuda:
         return anew(None, tensors, *options)
-    call = _replay().call(tensors, stage, options, compute_dtype(first), _modules()[1].generation)
+    call = _replay().call(tensors, stage, options, autocast_dtypes(tensors), _modules()[1].generation)
     if plan := call.plan:
         with _on(first.device):
             return plan(call.pointers)
@@ -379,21 +388,6 @@ for _op in (SELECT, ATTENTION, ATTENTION_BACKWARD):
     _register_vmap(_op)
 
 
-def _attention_flops(query_shape, key_shape, value_shape, scores_shape, k, window, *args, **kwargs) -> int:
-    """4 D per query head and (query, key) pair; query i attends ``min(i + 1, k + window)`` keys. The selection
-    multiplies nothing and is not counted."""
-    batch, heads, n, d = query_shape
-    full = min(n, k + window)
-    pairs = full * (full + 1) // 2 + (n - full) * full
-    return 4 * batch * heads * d * pairs
-
-
-def _backward_flops(dout_shape, *args, **kwargs) -> int:
-    """Five matrix products where the forward pass has two."""
-    inputs, options = args[:4], args[11:]
-    return _attention_flops(*inputs, *options) * 5 // 2
-
-
 if torch.ops.sparsek.attention not in flop_registry:  # a second registration raises
-    register_flop_formula(torch.ops.sparsek.attention)(_attention_flops)
-    register_flop_formula(torch.ops.sparsek.attention_backward)(_backward_flops)
+    register_flop_formula(torch.ops.sparsek.attention)(attention_flops)
+    register_flop_formula(torch.ops.sparsek.attention_backward)(backward_flops)

@@ -141,3 +141,44 @@ def test_extents_that_only_the_kernels_bound(shape, words):
     query, key, value = (torch.empty(b, h, n, d, device="meta") for h in (hq, hkv, hkv))
     with pytest.raises(ValueError, match=words):
         arguments.check_attention(query, key, value, torch.empty(b, hkv, n, device="meta"), 4, 0, None, "kv")
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"k": True}, "k must be an int, but is True"),
+        ({"k": 1.0}, "k must be an int, but is 1.0"),
+        ({"window": False}, "window must be an int"),
+        ({"scale": True}, "scale must be a float"),
+        ({"scale": float("nan")}, "scale must be finite"),
+        ({"gate": ["kv"]}, "gate must be one of|unhashable"),
+        ({"query": "text"}, "query must be a torch.Tensor"),
+    ],
+)
+def test_what_passed_before_lets_nothing_else_pass(changed, words):
+    """Values that are equal to those of a call that passed, and values without a hash, are looked at all the same."""
+    query, key = torch.empty(1, 2, 4, 8), torch.empty(1, 1, 4, 8)
+    good = {"query": query, "key": key, "value": key, "scores": torch.empty(1, 1, 4), "k": 1, "window": 0}
+    good |= {"scale": 1.0, "gate": "kv"}
+    for _ in range(2):
+        arguments.check_attention(**good)
+    with pytest.raises((TypeError, ValueError), match=words):
+        arguments.check_attention(**{**good, **changed})
+
+
+def test_what_passed_under_autocast_does_not_pass_without():
+    query, key = torch.empty(1, 2, 4, 8, dtype=torch.bfloat16), torch.empty(1, 1, 4, 8)
+    args = query, key, key, torch.empty(1, 1, 4), 1, 0, None, "kv"
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            arguments.check_attention(*args)
+        with pytest.raises(TypeError, match="key must have query's dtype"):
+            arguments.check_attention(*args)
+
+
+def test_the_memory_of_what_passed_is_bounded(monkeypatch):
+    monkeypatch.setattr(arguments, "MOST_PASSED", 3)
+    for n in range(1, 10):
+        t = torch.empty(1, 1, n, 8)
+        arguments.check_attention(t, t, t, t[..., 0], 1, 0, None, "kv")
+        assert len(arguments._passed) <= 3

@@ -309,3 +309,33 @@ def test_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(layer(*tensors).square().sum(), tensors[:1], create_graph=True)
     with pytest.raises(RuntimeError, match=r"once_differentiable|differentiable once|twice"):
         grad.sum().backward()
+
+
+# Eager calls outside of transforms take a shorter way through autograd
+
+
+def test_gradients_of_many_output_gradients_at_once():
+    tensors = make(n=12, dtype=torch.float64, grad=True)
+    out = sparsek_attention(*tensors, 3, window=2)
+    many = torch.randn(3, *out.shape, dtype=out.dtype)
+    got = torch.autograd.grad(out, tensors, many, is_grads_batched=True, retain_graph=True)
+    for i, dout in enumerate(many):
+        for a, b in zip(got, torch.autograd.grad(out, tensors, dout, retain_graph=True), strict=True):
+            assert_close(a[i], b)
+
+
+def test_forward_mode_is_refused_not_ignored():
+    query, *rest = make()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(query, torch.ones_like(query))
+        with pytest.raises(RuntimeError, match="jvp"):
+            sparsek_attention(dual, *rest, 4)
+
+
+def test_no_graph_without_need():
+    tensors = make(grad=True)
+    assert sparsek_attention(*tensors, 4).grad_fn is not None
+    assert sparsek_attention(*tensors[:3], tensors[3].detach(), 4).grad_fn is not None
+    assert not sparsek_attention(*(t.detach() for t in tensors), 4).requires_grad
+    with torch.no_grad():
+        assert not sparsek_attention(*tensors, 4).requires_grad
