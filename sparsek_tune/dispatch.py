@@ -6,6 +6,7 @@ here tunes, and nothing raises because of a database: a kernel without a stored 
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections import Counter
@@ -83,6 +84,8 @@ _devices: dict[int, Device] = {}
 _stored: dict[int, Winners] = {}
 _forced: Mapping[str, Config] | None = None
 _warned = False
+_numbers = itertools.count()
+generation = next(_numbers)  # another number whenever :func:`configs` may answer otherwise than it did
 
 
 def configs(problem: Problem, index: int) -> dict[str, Config]:
@@ -99,6 +102,8 @@ def configs(problem: Problem, index: int) -> dict[str, Config]:
 
 def clear() -> None:
     """Forget what was read, so that the next call sees what has been tuned since."""
+    global generation
+    generation = next(_numbers)
     _configs.clear()
     _devices.clear()
     _stored.clear()
@@ -110,13 +115,13 @@ def override(configs: Mapping[str, Config]) -> Iterator[None]:
 
     Blocks nest. For tuning and tests; not for two threads at once.
     """
-    global _forced
+    global _forced, generation
     before = _forced
-    _forced = {**(before or {}), **configs}
+    _forced, generation = {**(before or {}), **configs}, next(_numbers)
     try:
         yield
     finally:
-        _forced = before
+        _forced, generation = before, next(_numbers)
 
 
 def _with_forced(problem: Problem, index: int, forced: Mapping[str, Config]) -> dict[str, Config]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import launcher
 from .kernel_templates import dkv as dkv_t
 from .kernel_templates import dq as dq_t
 from .kernel_templates import forward as forward_t
@@ -68,7 +69,7 @@ def _run(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     if _compiled is not None:
         _compiled.append(kernel.warmup(*args, grid=grid, enable_fp_fusion=True, **meta))
     else:
-        kernel[grid](*args, enable_fp_fusion=True, **meta)
+        launcher.launch(kernel, grid, args, meta)
 
 
 class Schedule(NamedTuple):

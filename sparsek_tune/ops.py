@@ -83,9 +83,25 @@ def sparsek_attention(
     """
     if not torch.compiler.is_compiling():
         check_attention(query, key, value, scores, k, window, scale, gate)
-    query, key, value = (t.to(compute_dtype(t)) for t in (query, key, value))
+    dtype = compute_dtype(query)
+    if not query.dtype == key.dtype == value.dtype == dtype:
+        query, key, value = (t.to(compute_dtype(t)) for t in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _Attention.apply(query, key, value, scores, k, window, scale, gate)[0]
+    args = query, key, value, scores, k, window, scale, gate
+    if _transformed():
+        return _Attention.apply(*args)[0]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, scores)):
+        return _EagerAttention.apply(*args)
+    return ATTENTION(*args)[0]
+
+
+def _transformed() -> bool:
+    """Whether the call is traced, or within a transform of torch.func or forward-mode differentiation."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def problem_of(query: Tensor, key: Tensor, k: int, window: int, gate: str) -> Problem:
@@ -129,6 +145,13 @@ def _modules() -> tuple[Any, Any]:
 
 
 @functools.cache
+def _replay() -> Any:
+    from . import replay
+
+    return replay
+
+
+@functools.cache
 def _interpreter() -> bool:
     if not has_triton_package():
         return False
@@ -153,52 +176,107 @@ def _configs(problem: Problem, device: torch.device) -> Mapping[str, Any]:
     return _modules()[1].configs(problem, device.index) if device.type == "cuda" else _default_configs(problem)
 
 
+_HERE = contextlib.nullcontext()
+
+
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)
 
 
 def _widen(scores: Tensor, beside: torch.dtype) -> Tensor:
     return scores.to(torch.float64 if beside == torch.float64 else torch.float32)
 
 
-@torch.no_grad()
+def _single(scores: Tensor) -> Tensor:
+    return scores.detach().to(torch.float32) if scores.dtype in (torch.float16, torch.bfloat16) else scores
+
+
+def _replayed(stage: str, anew: Any, tensors: tuple[Tensor, ...], *options: Any) -> tuple[Tensor, ...]:
+    """``anew(call, tensors, *options)``, or, on a GPU, its replay where nothing is new but addresses. The key holds all
+    that checks and configs depend on too: what is replayed has passed them."""
+    first = tensors[0]
+    if not first.is_cuda:
+        return anew(None, tensors, *options)
+    call = _replay().call(tensors, stage, options, compute_dtype(first), _modules()[1].generation)
+    if plan := call.plan:
+        with _on(first.device):
+            return plan(call.pointers)
+    return anew(call, tensors, *options)
+
+
+def _launched(call: Any, kernels: Any, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return kernels(*tensors) if call is None else call.work_out(kernels, tensors)
+
+
 def _select(scores: Tensor, k: int, window: int) -> tuple[Tensor, ...]:
+    return _replayed("select", _select_anew, (_single(scores),), k, window)
+
+
+@torch.no_grad()
+def _select_anew(call: Any, tensors: tuple[Tensor, ...], k: int, window: int) -> tuple[Tensor, ...]:
+    (scores,) = tensors
     check_select(scores, k, window)
+    if not _runs_kernels(scores):
+        return reference.select(scores, k, window)
     batch, heads, n = scores.shape
-    wide = _widen(scores, scores.dtype)
-    if not _runs_kernels(wide):
-        return reference.select(wide, k, window)
     problem = Problem.of("fp32", 64, 1, "kv", k, window, n, batch * heads)  # only k, w, n and rows matter here
     with _on(scores.device):
         config = _configs(problem, scores.device)["threshold"]
-        return _modules()[0].threshold(wide.contiguous(), min(k, n), min(window, n), config)
+
+        def kernels(scores: Tensor) -> tuple[Tensor, ...]:
+            return _modules()[0].threshold(scores.contiguous(), min(k, n), min(window, n), config)
+
+        return _launched(call, kernels, tensors)
 
 
-@torch.no_grad()
 def _attention(query, key, value, scores, k, window, scale, gate) -> tuple[Tensor, ...]:
-    check_attention(query, key, value, scores, k, window, scale, gate)
-    args = query, key, value, _widen(scores, query.dtype)
-    if not _runs_kernels(query):
-        return tuple(reference.attention_forward(*args, k, window, scale, gate))
-    with _on(query.device):
-        n, configs = query.shape[2], _configs(problem_of(query, key, k, window, gate), query.device)
-        return _modules()[0].attention(*args, min(k, n), min(window, n), scale, gate, configs)
+    tensors = query, key, value, _single(scores)
+    return _replayed("attention", _attention_anew, tensors, k, window, scale, gate)
 
 
 @torch.no_grad()
-def _attention_backward(dout, query, key, value, scores, out, lse, *rest) -> tuple[Tensor, ...]:
-    *parts, k, window, scale, gate = rest
+def _attention_anew(call: Any, tensors: tuple[Tensor, ...], k, window, scale, gate) -> tuple[Tensor, ...]:
+    query, key, value, scores = tensors
+    check_attention(query, key, value, scores, k, window, scale, gate)
+    if not _runs_kernels(query):
+        args = query, key, value, _widen(scores, query.dtype)
+        return tuple(reference.attention_forward(*args, k, window, scale, gate))
+    n = query.shape[2]
+    with _on(query.device):
+        configs = _configs(problem_of(query, key, k, window, gate), query.device)
+
+        def kernels(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return _modules()[0].attention(*tensors, min(k, n), min(window, n), scale, gate, configs)
+
+        return _launched(call, kernels, tensors)
+
+
+def _attention_backward(dout, query, key, value, scores, *rest) -> tuple[Tensor, ...]:
+    tensors = dout, query, key, value, _single(scores), *rest[:-4]
+    dq, dk, dv, du = _replayed("attention_backward", _backward_anew, tensors, *rest[-4:])
+    return dq, dk, dv, du if du.dtype == scores.dtype else du.to(scores.dtype)
+
+
+@torch.no_grad()
+def _backward_anew(call: Any, tensors: tuple[Tensor, ...], k, window, scale, gate) -> tuple[Tensor, ...]:
+    dout, query, key, value, scores, out, lse, *parts = tensors
     check_attention(query, key, value, scores, k, window, scale, gate)
     check_gradient(dout, query)
-    args = dout, query, key, value, _widen(scores, query.dtype), out, lse, Selection(*parts)
     if not _runs_kernels(query):
-        dq, dk, dv, du = reference.attention_backward(*args, k, window, scale, gate)
-    else:
-        with _on(query.device):
-            n, configs = query.shape[2], _configs(problem_of(query, key, k, window, gate), query.device)
-            dq, dk, dv, du = _modules()[0].attention_backward(*args, min(k, n), min(window, n), scale, gate, configs)
-    return dq, dk, dv, du.to(scores.dtype)
+        args = dout, query, key, value, _widen(scores, query.dtype), out, lse, Selection(*parts)
+        return tuple(reference.attention_backward(*args, k, window, scale, gate))
+    n = query.shape[2]
+    with _on(query.device):
+        configs = _configs(problem_of(query, key, k, window, gate), query.device)
+
+        def kernels(*tensors: Tensor) -> tuple[Tensor, ...]:
+            args = *tensors[:7], Selection(*tensors[7:]), min(k, n), min(window, n), scale, gate, configs
+            return _modules()[0].attention_backward(*args)
+
+        return _launched(call, kernels, tensors)
 
 
 for _name, _impl in {"select": _select, "attention": _attention, "attention_backward": _attention_backward}.items():
@@ -253,10 +331,31 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, *_):
-        if dout is None:  # the output's gradient is known to be zero
-            return (None,) * 8
-        dq, dk, dv, du = ATTENTION_BACKWARD(dout, *ctx.saved_tensors, *ctx.options)
-        return dq, dk, dv, None if ctx.options[-1] == "none" else du, None, None, None, None
+        return _gradients(ctx, dout)
+
+
+class _EagerAttention(torch.autograd.Function):
+    """The same without transforms of torch.func, at a third of the cost: only the output passes through autograd."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, scores, k, window, scale, gate):
+        out, *rest = ATTENTION(query, key, value, scores, k, window, scale, gate)
+        ctx.save_for_backward(query, key, value, scores, out, *rest)
+        ctx.set_materialize_grads(False)
+        ctx.options = k, window, scale, gate
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        return _gradients(ctx, dout)
+
+
+def _gradients(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None:  # the output's gradient is known to be zero
+        return (None,) * 8
+    dq, dk, dv, du = ATTENTION_BACKWARD(dout, *ctx.saved_tensors, *ctx.options)
+    return dq, dk, dv, None if ctx.options[-1] == "none" else du, None, None, None, None
 
 
 def _register_vmap(op: Any) -> None:

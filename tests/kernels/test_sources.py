@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsek_tune import launch
+from sparsek_tune import launch, launcher, replay
 from sparsek_tune.kernel_templates import FAMILIES, TEMPLATES, base
 
 FILES = sorted(Path(base.__file__).parent.glob("*.py"))
@@ -23,7 +23,7 @@ def test_atomics_add_integers_only():
 
 
 def test_every_launch_states_fp_fusion_and_none_reads_the_device():
-    text = Path(launch.__file__).read_text()
+    text = "".join(Path(module.__file__).read_text() for module in (launch, launcher, replay))
     launches = [line for line in text.splitlines() if "kernel.warmup(" in line or "kernel[grid](" in line]
     assert len(launches) == 2 and all("enable_fp_fusion=True" in line for line in launches)
     assert not any(word in text for word in (".item()", ".cpu()", ".tolist()", "nonzero"))
