@@ -26,7 +26,7 @@ from sparsek_tune.ops import sparsek_attention
 def forty(
     a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11,
     n, scale, cap, x0, x1, x2, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    F: tl.constexpr, G: tl.constexpr, H: tl.constexpr, J: tl.constexpr,
+    F: tl.constexpr, G: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """Forty arguments, of the kinds that the attention's kernel has, and nothing to do."""
     if n < 0:
@@ -72,7 +72,7 @@ def main() -> None:
     wanting = [t.clone().requires_grad_() for t in tensors]
     dout = torch.randn_like(query)
     args = (*[tensors[3]] * 13, *[128] * 12, n, 0.5, 512, 32, 48, 64)
-    meta = {**dict.fromkeys("ABCDEFGHJ", 16), "num_warps": 4}
+    meta = {**dict.fromkeys("ABCDEFGHK", 16), "num_warps": 4}
 
     def call(*inputs: torch.Tensor) -> torch.Tensor:
         return sparsek_attention(*inputs, k, window=window)

@@ -322,6 +322,7 @@ TEMPLATE = Template(
         Param("BN", Pow2(16, 128)),
         Param("num_warps", Choice((4, 8))),
         Param("num_stages", Choice((1, 2, 3))),
+        Param("registers", Choice((255, 168, 128))),
         Param("BLOCK", Pow2(2, 16)),
         Param("reduce_warps", Choice((1, 2, 4))),
     ),

@@ -189,13 +189,17 @@ def tile_smem(problem, rows: int, keys: int, matrices_rows: int, matrices_keys: 
 
 
 def default_tile(problem, rows: int, keys: int, stages: int) -> dict[str, int]:
-    """A tile that does not spill: (rows, keys) up to D = 128, smaller where D is larger or dots are unrolled (fp32)."""
-    warps = 4
+    """A tile that does not spill: (rows, keys) up to D = 128, smaller where D is larger or dots are unrolled (fp32).
+    registers: the most a thread may have; fewer let more programs share a multiprocessor."""
+    warps, registers = 4, 255
     if problem.dtype == "fp32":
         rows, keys, stages, warps = (32, 32, 2, 4) if problem.d <= 64 else (16, 16, 2, 8)
     elif problem.d > 128:
         rows, keys, stages = 32, 32, 2
-    return {"BM": max(rows, next_pow2(problem.g)), "BN": keys, "num_warps": warps, "num_stages": stages}
+    elif problem.d <= 64:
+        registers = 168
+    rows = max(rows, next_pow2(problem.g))
+    return {"BM": rows, "BN": keys, "num_warps": warps, "num_stages": stages, "registers": registers}
 
 
 def mma_cost(problem, rows: float, tile_rows: int, other: int) -> tuple[float, float]:

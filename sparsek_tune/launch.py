@@ -229,7 +229,7 @@ def _list_args(sched: Schedule | None, like: Tensor) -> tuple[list[Tensor], int,
 
 
 def _tile(config: Config) -> dict[str, Any]:
-    return {name: config[name] for name in ("BM", "BN", "num_warps", "num_stages")}
+    return {name: config[name] for name in ("BM", "BN", "num_warps", "num_stages")} | {"maxnreg": config["registers"]}
 
 
 def _dense_rows(t: Tensor) -> Tensor:

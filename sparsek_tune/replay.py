@@ -164,7 +164,8 @@ class Recorder(TorchDispatchMode):
             return _Place(True, self._arguments[id(t)], 0)
         storage = t.untyped_storage()
         index = self._storages.get(storage._cdata)
-        return None if index is None else _Place(False, index, t.data_ptr() - storage.data_ptr())
+        # Not a difference of addresses: that of an empty view is zero.
+        return None if index is None else _Place(False, index, t.storage_offset() * t.element_size())
 
     def plan(self, results: Sequence[Tensor]) -> Plan | None:
         """The plan of the call with these results; None where it cannot be replayed."""

@@ -93,6 +93,26 @@ def test_the_third_call_is_replayed(kernel):
     assert kernel.direct == 4
 
 
+def test_an_empty_view_has_an_address_in_its_buffer(kernel):
+    """PyTorch says that the address of an empty tensor is zero."""
+    seen = []
+
+    class Watched(Mix):
+        def _compute(self, target, a, b, shift, factor):
+            seen.append((target, a))
+
+    def function(x):
+        out = x.new_empty(SIZE)
+        mix(watched, out, out[SIZE:], x)
+        return (out,)
+
+    watched = Watched()
+    for _ in range(3):
+        run(function, tensors(1), "stage")
+    target, empty = seen[-1]
+    assert watched.direct == 1 and empty == target + SIZE * 8
+
+
 def test_arguments_that_were_one_tensor_are_told_apart(kernel):
     x, y = tensors(2)
     for pair in ((x, x), (x, x), (x, y), (y, x)):
