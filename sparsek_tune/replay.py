@@ -165,7 +165,7 @@ class Recorder(TorchDispatchMode):
         storage = t.untyped_storage()
         index = self._storages.get(storage._cdata)
         # Not a difference of addresses: that of an empty view is zero.
-        return None if index is None else _Place(False, index, t.storage_offset() * t.element_size())
+        return None if index is None else _Place(False, index, int(t.storage_offset()) * t.element_size())
 
     def plan(self, results: Sequence[Tensor]) -> Plan | None:
         """The plan of the call with these results; None where it cannot be replayed."""

@@ -138,7 +138,9 @@ def test_what_is_not_equal_is_not_replayed(kernel, what):
     assert replay.call((x, y.clone()), "stage", 1).key == key
 
 
-@pytest.mark.parametrize("what", ["copy", "foreign", "other operator", "view as result", "argument as result"])
+@pytest.mark.parametrize(
+    "what", ["copy", "copy in a freed place", "foreign", "other operator", "view as result", "argument as result"]
+)
 def test_what_is_more_than_launches_is_never_replayed(kernel, what):
     foreign = torch.zeros(SIZE, dtype=torch.int64)
 
@@ -146,6 +148,9 @@ def test_what_is_more_than_launches_is_never_replayed(kernel, what):
         out = x.new_empty(2 * SIZE)[:SIZE] if what == "view as result" else x.new_empty(SIZE)
         if what == "copy":
             x = x.view(8, 8).t().contiguous().t().reshape(SIZE)
+        if what == "copy in a freed place":  # where the allocator gives the copy what it gave the buffer before
+            mix(kernel, x.new_empty(SIZE), x, y)
+            y = y.view(8, 8).t().contiguous().view(SIZE)
         if what == "other operator":
             y = y + 0
         mix(kernel, out, x, foreign if what == "foreign" else y)
@@ -153,7 +158,7 @@ def test_what_is_more_than_launches_is_never_replayed(kernel, what):
 
     for i in range(5):
         run(function, tensors(2), "stage")
-        assert kernel.ordinary == i + 1
+        assert not kernel.direct and kernel.ordinary >= i + 1
 
 
 def test_not_while_launches_are_observed(kernel, monkeypatch):
