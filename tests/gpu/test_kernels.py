@@ -239,8 +239,10 @@ def test_schedule_lists_what_each_query_selects(scores, n, k, w, poison):
     expiry = selection.expiry.flatten()
     j = torch.arange(n, device="cuda")
     for i in [*range(0, n, 97), n - 1]:
-        segment, start, stop = i // lists.segment, lists.start[0, i], lists.stop[0, i]
-        listed = lists.keys[0, segment, start:stop].long()
+        segment = i // lists.segment
+        keys, late = lists.keys[0, segment], lists.bounds[0, segment, 3]  # where those dropped inside begin
+        parts = keys[lists.start[0, i] : lists.stop[0, i]], keys[late : lists.late_stop[0, i]]
+        listed = torch.cat(parts).long()
         assert listed.unique().numel() == listed.numel()
         alive = listed[(listed + w <= i) & (expiry[listed] > i)]
         assert torch.equal(alive.sort().values, j[(j + w <= i) & (expiry > i)])
