@@ -248,8 +248,7 @@ def test_checks_are_not_skipped():
         torch.ops.sparsek.attention(query, key.half(), value, scores, 8, 0, 0.1, "kv")
 
 
-def test_memory_of_a_replay_is_little_more():
-    """It allocates the results first: scratch of the threshold, about 100 bytes a score, comes on top of them."""
+def test_memory_of_a_replay_is_no_more():
     tensors = [t.detach() for t in make(n=16384, hq=8, d=128)]
 
     def peak():
@@ -260,4 +259,4 @@ def test_memory_of_a_replay_is_little_more():
         return torch.cuda.max_memory_allocated() - start
 
     worked_out, _, replayed = peak(), peak(), peak()
-    assert replayed <= worked_out * 1.02 + 128 * tensors[3].numel() + (1 << 20)
+    assert replayed <= worked_out * 1.02 + (1 << 20)
