@@ -238,8 +238,8 @@ def _dense_rows(t: Tensor) -> Tensor:
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, scores: Tensor, selection: Selection, sched: Schedule | None,
-    window: int, scale: float, gate: str, config: Config,
+    query: Tensor, key: Tensor, value: Tensor, selection: Selection, sched: Schedule | None, window: int, scale: float,
+    gate: str, config: Config,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output [B, Hq, N, D] in the query's dtype and lse [B, Hq, N] (natural logarithm, float32)."""
     query, key, value = map(_dense_rows, (query, key, value))
@@ -332,7 +332,7 @@ def attention(
     scores = scores.contiguous()
     selection = threshold(scores, k, window, configs["threshold"])
     sched = schedule(scores, selection, k, window, configs["schedule"])
-    out, lse = forward(query, key, value, scores, selection, sched, window, scale, gate, configs["forward"])
+    out, lse = forward(query, key, value, selection, sched, window, scale, gate, configs["forward"])
     return out, lse, *selection
 
 

@@ -136,9 +136,7 @@ class Pipeline:
 
     def _forward(self, schedule: Any, config: Config) -> dict[str, Tensor]:
         i = self._i
-        out, lse = launch.forward(
-            i.query, i.key, i.value, i.scores, self.selection, schedule, i.window, i.scale, i.gate, config
-        )
+        out, lse = launch.forward(i.query, i.key, i.value, self.selection, schedule, i.window, i.scale, i.gate, config)
         return {"out": out, "lse": lse}
 
     def _dq(self, schedule: Any, out: Tensor, lse: Tensor, config: Config) -> dict[str, Tensor]:

@@ -253,7 +253,7 @@ def test_backward_intermediates(poison):
     launch, (q, key, v, u), configs = stages(case)
     selection = launch.threshold(u, case.k, case.w, configs["threshold"])
     lists = launch.schedule(u, selection, case.k, case.w, configs["schedule"])
-    out, lse = launch.forward(q, key, v, u, selection, lists, case.w, 0.2, "kv", configs["forward"])
+    out, lse = launch.forward(q, key, v, selection, lists, case.w, 0.2, "kv", configs["forward"])
     exact = reference.attention_forward(*(t.double() for t in (q, key, v, u)), case.k, case.w, 0.2, "kv")
     assert relative_error(lse, exact[1]) < 1e-6
     dout = torch.randn_like(out)
