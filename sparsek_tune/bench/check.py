@@ -7,7 +7,7 @@ over all queries that see it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from sparsek_tune.tune.stages import Inputs, make_inputs
 from sparsek_tune.tune.verify import TOLERANCE, compare, expected, reduced, relative_error
 
 QUERIES, KEYS = 20, 4  # sampled: queries of all heads; keys of every KV head
+ROUNDED = 2.0  # a dq may be so many times as far off as one in exact arithmetic whose out, weights and ds are rounded
 
 
 class Verdict(NamedTuple):
@@ -59,10 +60,15 @@ def at_length(i: Inputs, dtype: str, seed: int, backward: bool = True) -> Verdic
         want.update(expected_keys(i, found, keys))
         got.update(dq=grads[0][:, :, at], dk=_at(grads[1], keys), dv=_at(grads[2], keys))
     errors = {name: relative_error(x.double(), want[name]) for name, x in got.items()}
-    tolerance = TOLERANCE[dtype]
-    bad = [f"{name}: relative error {e:.2e}, at most {tolerance:.0e} allowed" for name, e in errors.items()
-           if not e <= tolerance]  # fmt: skip
-    return Verdict(errors, "; ".join(bad) or None, tolerance)
+    allowed = dict.fromkeys(got, TOLERANCE[dtype])
+    if grads:
+        # Where few keys have most of the weight, dq is a small difference of do * v and do * out, and out is stored in
+        # the inputs' dtype: no implementation that does so comes closer.
+        inherent = relative_error(want["dq_rounded"], want["dq"])
+        allowed["dq"] = max(allowed["dq"], ROUNDED * inherent)
+    bad = [f"{name}: relative error {e:.2e}, at most {allowed[name]:.0e} allowed" for name, e in errors.items()
+           if not e <= allowed[name]]  # fmt: skip
+    return Verdict(errors, "; ".join(bad) or None, max(allowed.values()))
 
 
 def sample_queries(n: int, seed: int, count: int = QUERIES) -> Tensor:
@@ -89,7 +95,10 @@ def _at(t: Tensor, index: Tensor) -> Tensor:
 
 
 def expected_queries(i: Inputs, at: Tensor) -> dict[str, Tensor]:
-    """out and dq [B, Hq, len(at), D], lse [B, Hq, len(at)], in float64, by the definition."""
+    """out, dq and dq_rounded [B, Hq, len(at), D], lse [B, Hq, len(at)], in float64, by the definition.
+
+    dq_rounded is dq with out, weights and ds rounded to the inputs' dtype, as the kernels hold them.
+    """
     parts = [_query(i, t) for t in at.tolist()]
     return {name: torch.stack([p[name] for p in parts], dim=2) for name in parts[0]}
 
@@ -117,9 +126,15 @@ def _query(i: Inputs, t: int) -> dict[str, Tensor]:
     lse = logits.logsumexp(-1)
     p = (logits - lse[..., None]).exp()
     out = (p * gv) @ v
-    ds = p * (gv * (do @ v.mT) - (do * out).sum(-1, keepdim=True))
-    dq = i.scale * (ds * gk) @ k
-    return {"out": out.flatten(1, 2), "lse": lse.flatten(1, 2), "dq": dq.flatten(1, 2)}
+
+    def dq(round_: Callable[[Tensor], Tensor]) -> Tensor:
+        o = round_(round_(p * gv) @ v)
+        ds = p * (gv * (do @ v.mT) - (do * o).sum(-1, keepdim=True))
+        return (i.scale * round_(ds * gk) @ k).flatten(1, 2)
+
+    rounded = dq(lambda t: t.to(i.query.dtype).double())
+    exact = dq(lambda t: t)
+    return {"out": out.flatten(1, 2), "lse": lse.flatten(1, 2), "dq": exact, "dq_rounded": rounded}
 
 
 def expected_keys(i: Inputs, found: ours.Results, at: Tensor) -> dict[str, Tensor]:

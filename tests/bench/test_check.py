@@ -87,6 +87,22 @@ def test_nan_is_seen(monkeypatch):
     assert "out" in str(check.at_length(i, "fp32", 0).reason)
 
 
+@pytest.mark.parametrize(("peaked", "most"), [(1, 5e-3), (30, 3e-2)])
+def test_dq_may_be_as_far_off_as_rounded_results_make_it(peaked, most, monkeypatch):
+    i = inputs.make(Case(Shape(hq=4, hkv=2, d=64, n=300, k=40, w=0, dtype="bf16"), "iid"), 0, "cpu")
+    i = i._replace(query=peaked * i.query)
+    verdict, right = check.at_length(i, "bf16", 0), ours.forward_backward
+    assert verdict.reason is None
+    assert verdict.tolerance == most if peaked == 1 else 5e-3 < verdict.tolerance < most
+
+    def wrong(i):
+        dq, *others = right(i)()
+        return lambda: (dq * (1 + 1.5 * verdict.tolerance), *others)
+
+    monkeypatch.setattr(ours, "forward_backward", wrong)
+    assert str(check.at_length(i, "bf16", 0).reason).startswith("dq: relative error")
+
+
 @pytest.mark.parametrize("gate", ["kv", "none"])
 def test_reduced_length_covers_the_gradient_of_the_scores(gate, device, monkeypatch):
     problem = case(gate, n=4096, k=512).shape.problem

@@ -204,6 +204,16 @@ def test_strides(dtype):
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("w", [0, 70])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_a_query_that_sees_one_key_has_no_gradient(dtype, w):
+    """Its softmax is constant: what is left would be the rounding of a weight that ought to be 1."""
+    query, *others = Case(d=128, dtype=dtype, w=w).tensors()
+    out = sparsek_attention(query, *others, 100, window=w)
+    out.backward(torch.randn_like(out))
+    assert query.grad[:, :, 0].abs().max() < 1e-4 * query.grad[:, :, 1].abs().max()
+
+
 # Stages, each through its own launch function
 
 
