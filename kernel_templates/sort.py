@@ -32,10 +32,9 @@ def _decode(key):
 
 @triton.jit
 def _prepare(
-    tau_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, interior_ptr, table_ptr, N, cells, part, parts, row,
-    BLOCK: tl.constexpr,
+    tau_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, interior_ptr, N, part, parts, row, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One part of a row's results as they are without any threshold, and of its zeros of the table."""
+    """One part of a row's results as they are without any threshold."""
     at = tl.arange(0, BLOCK)
     for i in range(part * BLOCK, N, parts * BLOCK):
         inside = i + at < N
@@ -45,30 +44,26 @@ def _prepare(
         tl.store(sat_end_ptr + row * N + i + at, never, mask=inside)
         tl.store(sup_end_ptr + row * N + i + at, never, mask=inside)
         tl.store(interior_ptr + row * N + i + at, 0, mask=inside)
-    for i in range(part * BLOCK, cells, parts * BLOCK):
-        tl.store(table_ptr + row * cells + i + at, tl.zeros([BLOCK], tl.int64), mask=i + at < cells)
 
 
-@triton.jit(do_not_specialize=["N", "cells"])
-def prepare_kernel(
-    tau_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, interior_ptr, table_ptr, N, cells, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Initial values: tau -inf, interior 0, the three ends N [rows, N]; table [rows, cells] int64 zeros."""
+@triton.jit(do_not_specialize=["N"])
+def prepare_kernel(tau_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, interior_ptr, N, BLOCK: tl.constexpr):
+    """Initial values: tau -inf, interior 0, the three ends N [rows, N]."""
     _prepare(
-        tau_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, interior_ptr, table_ptr, N, cells, tl.program_id(0),
-        tl.num_programs(0), tl.program_id(1).to(tl.int64), BLOCK,
+        tau_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, interior_ptr, N, tl.program_id(0), tl.num_programs(0),
+        tl.program_id(1).to(tl.int64), BLOCK,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "M", "cells"])
+@triton.jit(do_not_specialize=["N", "M"])
 def sort_kernel(
-    scores_ptr, sorted_ptr, us_ptr, order_ptr, tau_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, interior_ptr, table_ptr,
-    N, M, cells, SORT: tl.constexpr, SINGLE: tl.constexpr,
+    scores_ptr, runs_ptr, us_ptr, order_ptr, tau_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, interior_ptr, N, M,
+    SORT: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """Sort SORT of the first M scores of a row [rows, N] float32, and write initial values (``prepare_kernel``).
 
-    Out: keys, sorted int64 [rows, chunks, SORT]; with SINGLE, the only chunk's scores us float32 and indices order
-    int32 [rows, M] instead.
+    Out: runs int32 [rows, chunks, 2, SORT], the high and the low halves of the sorted keys; with SINGLE, the only
+    chunk's scores us float32 and indices order int32 [rows, M] instead.
     """
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -81,30 +76,41 @@ def sort_kernel(
         tl.store(us_ptr + row * M + at, score, mask=at < M)
         tl.store(order_ptr + row * M + at, index, mask=at < M)
     else:
-        tl.store(sorted_ptr + (row * tl.num_programs(0) + chunk) * SORT + at, key)
+        runs_ptr += (row * tl.num_programs(0) + chunk) * 2 * SORT
+        tl.store(runs_ptr + at, (key >> 32).to(tl.int32))
+        tl.store(runs_ptr + SORT + at, (key & 0xFFFFFFFF).to(tl.int32))
     _prepare(
-        tau_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, interior_ptr, table_ptr, N, cells, chunk, tl.num_programs(0),
-        row, SORT,
+        tau_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, interior_ptr, N, chunk, tl.num_programs(0), row, SORT
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "chunks"])
 def merge_kernel(
-    sorted_ptr, us_ptr, order_ptr, M, chunks, SORT: tl.constexpr, LOG: tl.constexpr, CHUNKS: tl.constexpr,
+    runs_ptr, us_ptr, order_ptr, M, chunks, SORT: tl.constexpr, LOG: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Scatter the keys of sorted chunks [rows, chunks, SORT] by rank: us float32 and order int32 [rows, M]."""
+    """Scatter the keys of sorted chunks, runs [rows, chunks, 2, SORT], by rank: us float32 and order int32 [rows, M].
+
+    Only high halves are compared: of equal scores those of earlier chunks have the lower indices.
+    """
     row = tl.program_id(1).to(tl.int64)
-    sorted_ptr += row * chunks * SORT
-    key = tl.load(sorted_ptr + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))
-    c = tl.arange(0, CHUNKS)[:, None]  # keys along the lanes: neighbours probe the same cache lines
-    below = tl.zeros([CHUNKS, BLOCK], tl.int32)
-    for bit in tl.static_range(LOG + 1):
-        more = below + (SORT >> bit)
-        probe = tl.load(sorted_ptr + c * SORT + more - 1, mask=(c < chunks) & (more <= SORT), other=LAST)
-        below = tl.where(probe < key[None, :], more, below)
-    rank = tl.sum(below, 0)
-    score, index = _decode(key)
-    live = key < LAST
+    runs_ptr += row * chunks * 2 * SORT
+    own = tl.program_id(0) * BLOCK // SORT
+    place = tl.program_id(0) * BLOCK % SORT + tl.arange(0, BLOCK)
+    high = tl.load(runs_ptr + own * 2 * SORT + place)
+    low = tl.load(runs_ptr + own * 2 * SORT + SORT + place)
+    # Keys along the lanes: neighbours probe the same cache lines. Positions count from the row's start, so that a step
+    # is a load, a comparison and an addition; columns without a chunk search the last one, for nothing.
+    c = tl.arange(0, CHUNKS)[:, None]
+    bound = high[None, :] + (c < own).to(tl.int32)
+    start = tl.minimum(c, chunks - 1) * 2 * SORT
+    at = start + tl.zeros([CHUNKS, BLOCK], tl.int32)
+    for bit in tl.static_range(1, LOG + 1):
+        probe = tl.load(runs_ptr + (at + ((SORT >> bit) - 1)))
+        at = tl.where(probe < bound, at + (SORT >> bit), at)
+    at += (tl.load(runs_ptr + at) < bound).to(tl.int32)
+    rank = place + tl.sum(tl.where((c < chunks) & (c != own), at - start, 0), 0)
+    live = high < 0x7FFFFFFF
+    score, index = _decode((high.to(tl.int64) << 32) | low.to(tl.int64))
     tl.store(us_ptr + row * M + rank, score, mask=live)
     tl.store(order_ptr + row * M + rank, index, mask=live)

@@ -72,10 +72,12 @@ def test_budgets_around_the_number_of_candidates(k):
 
 
 @pytest.mark.parametrize("kind", ["random", "ties", "rising", "all dropped at once"])
-@pytest.mark.parametrize("running_sums", [False, True])
-def test_results_do_not_depend_on_the_config(kind, running_sums, short_stretches, monkeypatch):
-    monkeypatch.setattr(threshold, "FEW", 2 if running_sums else 1 << 20)
-    monkeypatch.setattr(threshold, "PROGRAMS", 6 if running_sums else 1 << 20)  # several launches of the walk
+@pytest.mark.parametrize("parts", [False, True])
+def test_results_do_not_depend_on_the_config(kind, parts, short_stretches, monkeypatch):
+    if parts:
+        monkeypatch.setattr(threshold, "PROGRAMS", 6)  # several launches of the walk
+        monkeypatch.setattr(threshold, "PART", 2)
+        monkeypatch.setattr(threshold, "TIMES", 4)  # of which the events' programs add up several one after the other
     u = make_scores(kind, 90)
     results = [launch.threshold(u, 9, 5, config) for config in (SMALL, *OTHERS)]
     assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other, strict=True))
