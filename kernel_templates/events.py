@@ -1,10 +1,8 @@
 """The events of ``threshold`` in order, and the table of their sums by time and block.
 
 The sorted scores and the sorted scores minus one are merged as two sorted lists: a program finds by one search how many
-of each its block of SPAN events holds, and places them by searches within the block. As it owns all times of the
-block, it also sums them by time: a one-hot matrix of times, times the values cut into limbs of LIMB bits, on the tensor
-cores. Limbs and ones are exact in float16 and so are sums of up to 2^24 / 2^LIMB of them in float32; put together
-modulo 2^64 they are the exact sums of int64, without atomics and whatever the order.
+of each its block of SPAN events holds, and places them by searches within the block. Then it sorts them by time, sums
+them up in that order, and each time of the table finds its sums by bisection: exact in int64, and no atomics.
 """
 
 from __future__ import annotations
@@ -12,11 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LIMB: tl.constexpr = tl.constexpr(10)
-MASK: tl.constexpr = tl.constexpr(1023)
-LIMBS: tl.constexpr = tl.constexpr(7)  # of 64 bits; one more column counts: 2048 for a plus event, 1 for a minus event
-COLUMNS: tl.constexpr = tl.constexpr(8)
-EXACT: tl.constexpr = tl.constexpr(1024)  # so many of them add up exactly
 PROBES: tl.constexpr = tl.constexpr(64)  # of one step of the search for a block's first events
 
 
@@ -88,43 +81,41 @@ def _time(t, K, fine_log, few, CHUNK_LOG: tl.constexpr):
 
 
 @triton.jit
-def _limbs(x, minus):
-    """Limbs of the signed value of every event, and what counts it: float16 [events, COLUMNS]."""
-    column = tl.arange(0, COLUMNS)[None, :]
-    signed = tl.where(minus, -x, x)[:, None]
-    limb = (signed >> (column * LIMB).to(tl.int64)).to(tl.int32) & MASK
-    # 0x6400 + limb are the bits of 1024 + limb, and 0x6A00 those of 3072.
-    bits = tl.where(column < LIMBS, limb | 0x6400, tl.where(minus[:, None], 0x6401, 0x6A00))
-    return bits.to(tl.int16).to(tl.float16, bitcast=True) - 1024.0
+def _accumulate(ev_x_ptr, ev_t_ptr, sums_ptr, codes_ptr, first, count, K, fine_log, few, CHUNK_LOG: tl.constexpr,
+                PIECE: tl.constexpr, LOG_PIECE: tl.constexpr):  # fmt: skip
+    """Sort the events of a piece by time and sum up: by place in that order, signed values so far, and below the time
+    the number of plus events so far."""
+    at = tl.arange(0, PIECE)
+    live = at < count
+    event = tl.load(ev_t_ptr + first + at, mask=live, other=0)
+    key = (_time(event >> 1, K, fine_log, few, CHUNK_LOG) << LOG_PIECE) | at
+    key = tl.sort(tl.where(live, (key << 1) | (event & 1), 0x7FFFFFFF))
+    minus = key & 1
+    x = tl.load(ev_x_ptr + first + ((key >> 1) & (PIECE - 1)), mask=live, other=0)
+    tl.store(sums_ptr + first + at, tl.cumsum(tl.where(minus == 1, -x, x), 0), mask=live)
+    # One bit more than a place takes: up to PIECE plus events.
+    code = (key >> (LOG_PIECE + 1) << (LOG_PIECE + 1)) + tl.cumsum(1 - minus, 0)
+    tl.store(codes_ptr + first + at, code, mask=live)
 
 
 @triton.jit
-def _add(sums, limbs_ptr, time, live, HIGH: tl.constexpr, LOW: tl.constexpr, BLOCK: tl.constexpr):
-    """Add events to their times' sums, float32 [HIGH, LOW * COLUMNS]: time = high * LOW + low."""
-    column = tl.arange(0, LOW * COLUMNS)[None, :]
-    # The mask leaves an event's limbs in the columns of its own time: most of the loads do not take place.
-    event = tl.arange(0, BLOCK)[:, None]
-    own = (time & (LOW - 1))[:, None] == column // COLUMNS
-    values = tl.load(limbs_ptr + event * COLUMNS + column % COLUMNS, mask=own & live[:, None], other=0.0)
-    high = tl.where(live, time // LOW, -1)[None, :] == tl.arange(0, HIGH)[:, None]
-    return tl.dot(high.to(tl.float16), values, sums)
-
-
-@triton.jit
-def _put_together(sums, HIGH: tl.constexpr, LOW: tl.constexpr):
-    """Values, and numbers of plus and of minus events, by time: int64 [HIGH * LOW]."""
-    sums = tl.reshape(sums, [HIGH * LOW, COLUMNS]).to(tl.int32)
-    column = tl.arange(0, COLUMNS)[None, :]
-    values = tl.where(column < LIMBS, sums.to(tl.int64) << (column * LIMB).to(tl.int64), 0)
-    counts = tl.sum(tl.where(column == LIMBS, sums, 0), 1)
-    return tl.sum(values, 1), (counts >> 11).to(tl.int64), (counts & 2047).to(tl.int64)
+def _until(sums_ptr, codes_ptr, time, first, count, LOG_PIECE: tl.constexpr):
+    """Signs, signed values and plus events of a piece up to each time, int64."""
+    n = time * 0
+    for bit in tl.static_range(LOG_PIECE + 1):
+        probe = n + (1 << (LOG_PIECE - bit)) - 1
+        code = tl.load(codes_ptr + first + probe, mask=probe < count, other=0x7FFFFFFF)
+        n = tl.where((code >> (LOG_PIECE + 1)) <= time, n + (1 << (LOG_PIECE - bit)), n)
+    some = n > 0
+    plus = tl.load(codes_ptr + first + n - 1, mask=some, other=0) & ((2 << LOG_PIECE) - 1)
+    return (2 * plus - n).to(tl.int64), tl.load(sums_ptr + first + n - 1, mask=some, other=0), plus.to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["M", "K", "times", "fine_log", "few"])
 def events_kernel(
-    us_ptr, order_ptr, ev_x_ptr, ev_t_ptr, place_ptr, minus_at_ptr, limbs_ptr, table_ptr, first_x_ptr, first_rank_ptr,
-    M, K, times, fine_log, few, LOG: tl.constexpr, SPAN: tl.constexpr, STEPS: tl.constexpr, CHUNK_LOG: tl.constexpr,
-    HIGH: tl.constexpr, LOW: tl.constexpr, BLOCK: tl.constexpr,
+    us_ptr, order_ptr, ev_x_ptr, ev_t_ptr, place_ptr, minus_at_ptr, sums_ptr, codes_ptr, table_ptr, first_x_ptr,
+    first_rank_ptr, M, K, times, fine_log, few, LOG: tl.constexpr, SPAN: tl.constexpr, STEPS: tl.constexpr,
+    CHUNK_LOG: tl.constexpr, LOG_PIECE: tl.constexpr, TIMES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of events (axis 0) of a row (axis 1).
 
@@ -132,7 +123,7 @@ def events_kernel(
     is_minus int32; by key [rows, M]: rank << 32 + place of its plus event int64, place of its minus event int32; by
     block [rows, blocks]: value of its first event int64 and number of plus events before it int32; table int64
     [rows, times, 3, blocks]: signs, signed values and number of plus events, of the block's events of keys up to each
-    time (first those before query K). Scratch: limbs float16 [rows, 2M, COLUMNS].
+    time (first those before query K). Scratch: sums int64 and codes int32 [rows, 2M].
     """
     block = tl.program_id(0)
     blocks = tl.num_programs(0)
@@ -143,7 +134,8 @@ def events_kernel(
     ev_t_ptr += row * 2 * M
     place_ptr += row * M
     minus_at_ptr += row * M
-    limbs_ptr += row * 2 * M * COLUMNS
+    sums_ptr += row * 2 * M
+    codes_ptr += row * 2 * M
     one = fixed_point(us_ptr, M, LOG)
     ends = tl.minimum((block + tl.arange(0, 2)) * SPAN, 2 * M)
     plus = _plus_before(us_ptr, M, ends, one, (LOG + 5) // 6)
@@ -165,39 +157,27 @@ def events_kernel(
         tl.store(ev_t_ptr + place, 2 * t + minus.to(tl.int32), mask=live)
         tl.store(place_ptr + t, (index.to(tl.int64) << 32) + place, mask=live & ~minus)
         tl.store(minus_at_ptr + t, place, mask=live & minus)
-        at = limbs_ptr + place.to(tl.int64)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        tl.store(at, _limbs(x, minus), mask=live[:, None])
         tl.store(first_x_ptr + row * blocks + block + tl.zeros_like(place), x, mask=live & (place == begin))
 
+    PIECE: tl.constexpr = 1 << LOG_PIECE
+    tl.debug_barrier()
+    for s in range(0, count, PIECE):
+        _accumulate(
+            ev_x_ptr, ev_t_ptr, sums_ptr, codes_ptr, begin + s, count - s, K, fine_log, few, CHUNK_LOG, PIECE, LOG_PIECE
+        )
     tl.debug_barrier()
     table_ptr += row * times * 3 * blocks + block
-    cell = tl.arange(0, HIGH * LOW)
-    before = cell * 0
-    sign_carry = tl.full([], 0, tl.int64)
-    value_carry = sign_carry
-    plus_carry = sign_carry
-    for first in range(0, times, HIGH * LOW):
-        signs = before.to(tl.int64)
+    for first in range(0, times, TIMES):
+        time = first + tl.arange(0, TIMES)
+        signs = tl.zeros([TIMES], tl.int64)
         values = signs
         pluses = signs
-        for group in range(0, count, EXACT):
-            sums = tl.zeros([HIGH, LOW * COLUMNS], tl.float32)
-            for s in range(group, tl.minimum(group + EXACT, count), BLOCK):
-                live = s + lane < count
-                event = begin + s + lane
-                code = tl.load(ev_t_ptr + event, mask=live, other=0)
-                time = _time(code >> 1, K, fine_log, few, CHUNK_LOG) - first
-                live &= (time >= 0) & (time < HIGH * LOW)
-                sums = _add(sums, limbs_ptr + (begin + s).to(tl.int64) * COLUMNS, time, live, HIGH, LOW, BLOCK)
-            some_values, some_plus, some_minus = _put_together(sums, HIGH, LOW)
-            signs += some_plus - some_minus
-            values += some_values
-            pluses += some_plus
-        inside = first + cell < times
-        at = table_ptr + (first + cell).to(tl.int64) * 3 * blocks
-        tl.store(at, sign_carry + tl.cumsum(signs, 0), mask=inside)
-        tl.store(at + blocks, value_carry + tl.cumsum(values, 0), mask=inside)
-        tl.store(at + 2 * blocks, plus_carry + tl.cumsum(pluses, 0), mask=inside)
-        sign_carry += tl.sum(signs, 0)
-        value_carry += tl.sum(values, 0)
-        plus_carry += tl.sum(pluses, 0)
+        for s in range(0, count, PIECE):
+            sign, value, more = _until(sums_ptr, codes_ptr, time, begin + s, tl.minimum(count - s, PIECE), LOG_PIECE)
+            signs += sign
+            values += value
+            pluses += more
+        at = table_ptr + time.to(tl.int64) * 3 * blocks
+        tl.store(at, signs, mask=time < times)
+        tl.store(at + blocks, values, mask=time < times)
+        tl.store(at + 2 * blocks, pluses, mask=time < times)

@@ -243,8 +243,7 @@ def levels(segment: int, n: int) -> list[int]:
 
 def _default(problem, device):
     segment = 512 if problem.k <= 512 else 1024
-    # Without parents a segment looks at all keys before it; with them a block holds most of what each pass looks at.
-    return Config(SEGMENT=segment, BLOCK=1024 if len(levels(segment, problem.n)) > 1 else 2048, num_warps=16)
+    return Config(SEGMENT=segment, BLOCK=1024, num_warps=8)
 
 
 def _check(config, problem, device):

@@ -1,9 +1,9 @@
 """Sorting rows of scores, falling, equal scores by rising index; and the initial values that later kernels expect.
 
-Chunks of SORT scores are sorted in registers, each by one program, as int64 keys: the score's bits, made to run
-against the score, above its index. No two keys are equal, so the rank of a key in the row is the sum of its ranks in
-all sorted chunks, found by binary searches in parallel. Rows of many chunks are left to ``torch.sort``, whose radix
-passes then cost less than that many searches.
+Runs of SORT scores are sorted in registers, each by one program, as int64 keys: the score's bits, made to run against
+the score, above its index. Then RUNS runs at a time are merged, in rounds: the rank of a key is the sum of its ranks in
+all of them, found by binary searches in parallel. Rows of many runs are left to ``torch.sort``, whose radix passes then
+cost less than that many searches.
 """
 
 from __future__ import annotations
@@ -57,60 +57,46 @@ def prepare_kernel(tau_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, interior_ptr, 
 
 @triton.jit(do_not_specialize=["N", "M"])
 def sort_kernel(
-    scores_ptr, runs_ptr, us_ptr, order_ptr, tau_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, interior_ptr, N, M,
-    SORT: tl.constexpr, SINGLE: tl.constexpr,
+    scores_ptr, us_ptr, order_ptr, tau_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, interior_ptr, N, M,
+    SORT: tl.constexpr,
 ):  # fmt: skip
-    """Sort SORT of the first M scores of a row [rows, N] float32, and write initial values (``prepare_kernel``).
-
-    Out: runs int32 [rows, chunks, 2, SORT], the high and the low halves of the sorted keys; with SINGLE, the only
-    chunk's scores us float32 and indices order int32 [rows, M] instead.
-    """
-    chunk = tl.program_id(0)
+    """Sort every run of SORT of the first M scores of a row [rows, N] float32; write initial values
+    (``prepare_kernel``). Out: scores us float32 and indices order int32 [rows, M]."""
+    run = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
-    at = tl.arange(0, SORT)
-    t = chunk * SORT + at
+    t = run * SORT + tl.arange(0, SORT)
     u = tl.load(scores_ptr + row * N + t, mask=t < M, other=0.0)
-    key = tl.sort(tl.where(t < M, _encode(u, t), LAST))
-    if SINGLE:
-        score, index = _decode(key)
-        tl.store(us_ptr + row * M + at, score, mask=at < M)
-        tl.store(order_ptr + row * M + at, index, mask=at < M)
-    else:
-        runs_ptr += (row * tl.num_programs(0) + chunk) * 2 * SORT
-        tl.store(runs_ptr + at, (key >> 32).to(tl.int32))
-        tl.store(runs_ptr + SORT + at, (key & 0xFFFFFFFF).to(tl.int32))
-    _prepare(
-        tau_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, interior_ptr, N, chunk, tl.num_programs(0), row, SORT
-    )  # fmt: skip
+    score, index = _decode(tl.sort(tl.where(t < M, _encode(u, t), LAST)))
+    tl.store(us_ptr + row * M + t, score, mask=t < M)
+    tl.store(order_ptr + row * M + t, index, mask=t < M)
+    _prepare(tau_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, interior_ptr, N, run, tl.num_programs(0), row, SORT)
 
 
-@triton.jit(do_not_specialize=["M", "chunks"])
+@triton.jit(do_not_specialize=["M"])
 def merge_kernel(
-    runs_ptr, us_ptr, order_ptr, M, chunks, SORT: tl.constexpr, LOG: tl.constexpr, CHUNKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Scatter the keys of sorted chunks, runs [rows, chunks, 2, SORT], by rank: us float32 and order int32 [rows, M].
+    us_ptr, order_ptr, to_us_ptr, to_order_ptr, M, LOG_RUN: tl.constexpr, RUNS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Merge every RUNS sorted runs of 2^LOG_RUN entries, us float32 and order int32 [rows, M], into one run.
 
-    Only high halves are compared: of equal scores those of earlier chunks have the lower indices.
+    Only scores are compared: of equal ones those of earlier runs have the lower indices.
     """
     row = tl.program_id(1).to(tl.int64)
-    runs_ptr += row * chunks * 2 * SORT
-    own = tl.program_id(0) * BLOCK // SORT
-    place = tl.program_id(0) * BLOCK % SORT + tl.arange(0, BLOCK)
-    high = tl.load(runs_ptr + own * 2 * SORT + place)
-    low = tl.load(runs_ptr + own * 2 * SORT + SORT + place)
-    # Keys along the lanes: neighbours probe the same cache lines. Positions count from the row's start, so that a step
-    # is a load, a comparison and an addition; columns without a chunk search the last one, for nothing.
-    c = tl.arange(0, CHUNKS)[:, None]
-    bound = high[None, :] + (c < own).to(tl.int32)
-    start = tl.minimum(c, chunks - 1) * 2 * SORT
-    at = start + tl.zeros([CHUNKS, BLOCK], tl.int32)
-    for bit in tl.static_range(1, LOG + 1):
-        probe = tl.load(runs_ptr + (at + ((SORT >> bit) - 1)))
-        at = tl.where(probe < bound, at + (SORT >> bit), at)
-    at += (tl.load(runs_ptr + at) < bound).to(tl.int32)
-    rank = place + tl.sum(tl.where((c < chunks) & (c != own), at - start, 0), 0)
-    live = high < 0x7FFFFFFF
-    score, index = _decode((high.to(tl.int64) << 32) | low.to(tl.int64))
-    tl.store(us_ptr + row * M + rank, score, mask=live)
-    tl.store(order_ptr + row * M + rank, index, mask=live)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = at < M
+    u = tl.load(us_ptr + row * M + at, mask=live, other=0.0)
+    own = tl.program_id(0) * BLOCK >> LOG_RUN
+    rank = (own // RUNS * RUNS << LOG_RUN) + (at & ((1 << LOG_RUN) - 1))
+    for other in tl.static_range(1, RUNS):
+        run = own ^ other
+        # One past the last entry is a row's own length, whatever the run's.
+        before = (run << LOG_RUN) + tl.zeros([BLOCK], tl.int32)
+        for bit in tl.static_range(LOG_RUN + 1):
+            step = 1 << (LOG_RUN - bit)
+            probe = before + (step - 1)
+            inside = probe < tl.minimum((run + 1) << LOG_RUN, M)
+            v = tl.load(us_ptr + row * M + probe, mask=live & inside, other=float("-inf"))
+            ahead = inside & ((v > u) | ((v == u) & (run < own)))
+            before = tl.where(ahead, before + step, before)
+        rank += before - (run << LOG_RUN)
+    tl.store(to_us_ptr + row * M + rank, u, mask=live)
+    tl.store(to_order_ptr + row * M + rank, tl.load(order_ptr + row * M + at, mask=live, other=0), mask=live)

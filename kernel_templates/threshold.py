@@ -25,8 +25,10 @@ from .base import Choice, Config, Cost, Param, Pow2, Template, next_pow2
 
 REGISTERS = 128  # a thread of the walk: it waits for memory most of the time, so 16 warps an SM matter more
 PROGRAMS = 6144  # of one launch of the walk, each with scratch of its own
-MERGED = 32  # more sorted chunks than this cost more than torch.sort
-TIMES = 512  # that a program of the events adds up at once
+RUNS = 4  # merged by one round: more would be searched for longer than two rounds take
+MERGED = 64  # more sorted runs than this cost more than torch.sort
+TIMES = 512  # whose sums a program of the events finds at once
+PIECE = 4096  # events that it sorts at once
 PARTS = 8  # of a stretch, that windows of events may skip
 PART = 64  # keys: shorter ones are walked over as fast
 FINE = 128  # keys of the first stretches
@@ -59,11 +61,18 @@ def cuts(m: int, k: int, chunk: int) -> Cuts:
     return Cuts(chunk, fine, few, stretches, span, -(-2 * m // span))
 
 
-def times(c: Cuts) -> tuple[int, int]:
-    """The factors of the number of times that a program of the events adds up at once."""
-    total = min(TIMES, next_pow2(max(64, 1 + c.stretches)))
-    low = 4 if total <= 64 else 8 if total <= 256 else 16
-    return total // low, low
+def rounds(m: int, sort: int) -> list[int]:
+    """The length of the runs that each round of merging reads."""
+    runs = []
+    while sort < m:
+        runs.append(sort)
+        sort *= RUNS
+    return runs
+
+
+def times(c: Cuts) -> int:
+    """The number of times whose sums a program of the events finds at once."""
+    return min(TIMES, next_pow2(1 + c.stretches))
 
 
 def parts(chunk: int) -> int:
@@ -78,16 +87,14 @@ def ring(config: Config) -> int:
 
 def _default(problem, device):
     n, m = problem.n, problem.n - problem.w
-    sort = next((size for most, size in ((1024, 1024), (2048, 2048)) if m <= most), 1024)
-    short = n <= 32768
-    chunk = 64 if n <= 8192 else 128 if short else 512 if n <= 262144 else 1024
+    chunk = next(size for most, size in ((8192, 64), (32768, 256), (262144, 512), (n, 1024)) if n <= most)
     return Config(
-        SORT=0 if m > 32768 else sort,
+        SORT=0 if m > 32768 else 1024,
         CHUNK=chunk,
-        WINDOW=256,
-        SCAN=512 if short else 1024,
+        WINDOW=128 if n <= 8192 else 256,
+        SCAN=512 if n <= 32768 else 1024,
         sort_warps=4 if m > 32768 else 8,
-        walk_warps=2 if short else 4,
+        walk_warps=2 if n <= 8192 else 4,
     )
 
 
@@ -95,7 +102,7 @@ def _check(config, problem, device):
     m = problem.n - problem.w
     sort, warps = config["SORT"], config["walk_warps"]
     if sort and sort * MERGED < m:
-        return "too many chunks to merge"
+        return "too many runs to merge"
     if sort and not 1 <= sort // (32 * config["sort_warps"]) <= 16:
         return "threads of the sort hold no key or too many"
     for name, most in (("WINDOW", 4), ("SCAN", 16), ("CHUNK", 8)):
@@ -115,10 +122,10 @@ def _cost(config, problem):
     walk = 2 * c.stretches * (windows * window * (100 + 8 * new) + 30 * (config["SCAN"] + c.span))
     sort = m * (400.0 if config["SORT"] else 900.0)
     search = 60.0 * m * max(1, m.bit_length())
-    # Read: the scores. Written and mostly read again: sorted scores and their keys, events, places by key, the table,
-    # the results.
-    data = problem.rows * (n * 24.0 + m * 2 * (8 + 40 + 12) + 48.0 * (1 + c.stretches) * c.blocks)
-    launches = 3 if config["SORT"] >= m else 4 if config["SORT"] else 8
+    # Read: the scores. Written and mostly read again: sorted scores and their keys, events and their sums, places by
+    # key, the table, the results.
+    data = problem.rows * (n * 24.0 + m * 2 * (8 + 48 + 12) + 48.0 * (1 + c.stretches) * c.blocks)
+    launches = 3 + len(rounds(m, config["SORT"])) if config["SORT"] else 8
     return Cost(flops=problem.rows * (walk + sort + search), bytes=data, launches=launches)
 
 
@@ -126,7 +133,7 @@ TEMPLATE = Template(
     name="threshold",
     fields=frozenset({"k", "w", "n", "rows"}),
     space=(
-        Param("SORT", Choice((0, 1024, 2048, 4096))),  # scores per sorted chunk; 0: torch.sort
+        Param("SORT", Choice((0, 1024, 2048, 4096))),  # scores per sorted run; 0: torch.sort
         Param("CHUNK", Pow2(64, 1024)),
         Param("WINDOW", Pow2(128, 1024)),
         Param("SCAN", Pow2(512, 4096)),

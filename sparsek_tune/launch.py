@@ -106,43 +106,39 @@ def threshold(scores: Tensor, k: int, window: int, config: Config) -> Selection:
     walks = _cdiv(stretches, max(1, threshold_t.PROGRAMS // (2 * rows)))
     programs = _cdiv(stretches, walks)
     sort, ring, tasks = config["SORT"], threshold_t.ring(config), 2 * rows * programs
-    chunks = _cdiv(m, sort) if sort else 1
-    own = sort > 0 and chunks <= threshold_t.MERGED
-    merged = rows * chunks * 2 * sort if own and chunks > 1 else 0
-    table, first_x, places, new_x, change, events, limbs = _carve(
+    table, first_x, places, new_x, change, events, sums = _carve(
         scores, torch.int64, rows * (1 + stretches) * 3 * blocks, rows * blocks, rows * m, tasks * chunk,
-        2 * tasks * chunk, rows * 2 * m, rows * 4 * m,
+        2 * tasks * chunk, rows * 2 * m, rows * 2 * m,
     )  # fmt: skip
-    codes, minus_at, first_rank, rings, new_t, order, us, runs = _carve(
-        scores, torch.int32, rows * 2 * m, rows * m, rows * blocks, tasks * ring, tasks * chunk, rows * m, rows * m,
-        merged,
+    codes, sorted_codes, minus_at, first_rank, rings, new_t, order, us, other_order, other_us = _carve(
+        scores, torch.int32, *2 * [rows * 2 * m], rows * m, rows * blocks, tasks * ring, tasks * chunk, *4 * [rows * m]
     )  # fmt: skip
-    us = us.view(torch.float32)
-    if own:
+    us, other_us = us.view(torch.float32), other_us.view(torch.float32)
+    if sort and m <= sort * threshold_t.MERGED:
         _run(
-            sort_t.sort_kernel, (chunks, rows),
-            scores, runs, us, order, *initial, n, m, SORT=sort, SINGLE=chunks == 1, num_warps=config["sort_warps"],
+            sort_t.sort_kernel, (_cdiv(m, sort), rows),
+            scores, us, order, *initial, n, m, SORT=sort, num_warps=config["sort_warps"],
         )  # fmt: skip
-        if chunks > 1:
-            columns = next_pow2(chunks)
-            block = min(sort, 2048 // columns)
+        for run in threshold_t.rounds(m, sort):
+            block = min(run, 256)
             _run(
-                sort_t.merge_kernel, (chunks * sort // block, rows),
-                runs, us, order, m, chunks, SORT=sort, LOG=sort.bit_length() - 1, CHUNKS=columns, BLOCK=block,
+                sort_t.merge_kernel, (_cdiv(m, block), rows),
+                us, order, other_us, other_order, m, LOG_RUN=run.bit_length() - 1, RUNS=threshold_t.RUNS, BLOCK=block,
                 num_warps=4,
             )  # fmt: skip
+            us, order, other_us, other_order = other_us, other_order, us, order
     else:
         _run(sort_t.prepare_kernel, (_cdiv(n, 1024), rows), *initial, n, BLOCK=1024, num_warps=4)
         # Adding zero makes -0.0 and 0.0 one value for the sort too.
         us, order = torch.sort(scores.reshape(rows, n)[:, :m] + 0.0, dim=1, descending=True, stable=True)
     log = (2 * m).bit_length()
-    high, low = threshold_t.times(cuts)
+    piece = min(span, threshold_t.PIECE)
     meta = {"LOG": log, "SPAN": span, "STEPS": span.bit_length(), "CHUNK_LOG": chunk.bit_length() - 1}
     _run(
         events_t.events_kernel, (blocks, rows),
-        us, order, events, codes, places, minus_at, limbs.view(torch.float16), table, first_x, first_rank, m, k,
-        1 + stretches, fine.bit_length() - 1, few, **meta, HIGH=high, LOW=low, BLOCK=max(16, min(128, span)),
-        num_warps=4,
+        us, order, events, codes, places, minus_at, sums, sorted_codes, table, first_x, first_rank, m, k,
+        1 + stretches, fine.bit_length() - 1, few, **meta, LOG_PIECE=piece.bit_length() - 1,
+        TIMES=threshold_t.times(cuts), BLOCK=min(512, span), num_warps=8 if piece > 512 else 4,
     )  # fmt: skip
     for first in range(0, stretches, programs):
         _run(
@@ -150,7 +146,7 @@ def threshold(scores: Tensor, k: int, window: int, config: Config) -> Selection:
             scores, table, first_x, first_rank, us, events, codes, order, places, minus_at, rings, new_t, new_x, change,
             tau, interior, expiry, sat_end, sup_end, first, stretches, blocks, m, n, window, k, fine, few, LOG=log,
             BLOCKS=next_pow2(blocks), SPAN=span, C=chunk, WINDOW=config["WINDOW"], SCAN=config["SCAN"], RING=ring,
-            SUBS=threshold_t.parts(chunk),            num_warps=config["walk_warps"], maxnreg=threshold_t.REGISTERS,
+            SUBS=threshold_t.parts(chunk), num_warps=config["walk_warps"], maxnreg=threshold_t.REGISTERS,
         )  # fmt: skip
     return Selection(tau, expiry, sat_end, sup_end, interior)
 
