@@ -20,7 +20,7 @@ from pathlib import Path
 import triton
 import triton.language as tl
 
-from .base import Choice, Config, Cost, Param, Pow2, Template
+from .base import Choice, Config, Cost, Param, Pow2, Template, next_pow2
 
 
 @triton.jit
@@ -82,102 +82,151 @@ def alive_kernel(
 
 
 @triton.jit
-def _dropped(expiry_ptr, evicted_ptr, alive_ptr, alive, begin, end, BLOCK: tl.constexpr):
-    """By query of the segment, the key alive at its start that is dropped there, or -1."""
+def _sift(stay_ptr, evicted_ptr, stays, j, expiry, inside, begin, end):
+    """Of keys in order: those alive at ``begin`` that are dropped before ``end``, to the queries that drop them; those
+    that stay, appended; returns their new number."""
+    tl.store(evicted_ptr + expiry, j, mask=inside & (expiry > begin) & (expiry < end))
+    return _append(stay_ptr, stays, j, inside & (expiry >= end))
+
+
+@triton.jit
+def _staying(
+    expiry_ptr, parent_ptr, parent_count_ptr, stay_ptr, evicted_ptr, row, begin, end, M, window, parents, CAP,
+    PARENT_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """List the keys selected from before ``begin`` until ``end``, by position; returns their number. By query of the
+    segment, the key alive at its start that is dropped there, or -1."""
     at = tl.arange(0, BLOCK)
     for i in range(begin, end, BLOCK):
         tl.store(evicted_ptr + i + at, tl.full([BLOCK], -1, tl.int32), mask=i + at < end)
     tl.debug_barrier()
-    for i in range(0, alive, BLOCK):
-        inside = i + at < alive
-        j = tl.load(alive_ptr + i + at, mask=inside, other=0)
-        expiry = tl.load(expiry_ptr + j, mask=inside, other=0)
-        tl.store(evicted_ptr + expiry, j, mask=inside & (expiry < end))
+    stays = begin * 0
+    first = -window
+    if PARENT_SIZE > 0:
+        parent = begin // PARENT_SIZE
+        first = parent * PARENT_SIZE - window
+        parent_ptr += (row * parents + parent) * CAP
+        inherited = tl.load(parent_count_ptr + row * parents + parent)
+        for i in range(0, inherited, BLOCK):
+            inside = i + at < inherited
+            j = tl.load(parent_ptr + i + at, mask=inside, other=0)
+            expiry = tl.load(expiry_ptr + j, mask=inside, other=0)
+            stays = _sift(stay_ptr, evicted_ptr, stays, j, expiry, inside, begin, end)
+    first = tl.maximum(first, 0)
+    last = tl.minimum(begin - window, M)
+    expiry = tl.load(expiry_ptr + first + at, mask=first + at < last, other=0)
+    for i in range(first, last, BLOCK):
+        ahead = i + BLOCK + at
+        next_expiry = tl.load(expiry_ptr + ahead, mask=ahead < last, other=0)
+        stays = _sift(stay_ptr, evicted_ptr, stays, i + at, expiry, i + at < last, begin, end)
+        expiry = next_expiry
     tl.debug_barrier()
+    return stays
+
+
+@triton.jit
+def _enter(list_ptr, columns, u_ptr, sat_end_ptr, slot, j, expiry, keep):
+    """Write the kept keys to their places of the list, and beside them what the consumers ask of a key, so that they
+    need not gather it, once per tile."""
+    list_u_ptr, list_expiry_ptr, list_sat_end_ptr = columns
+    tl.store(list_ptr + slot, j, mask=keep)
+    tl.store(list_u_ptr + slot, tl.load(u_ptr + j, mask=keep, other=0.0), mask=keep)
+    tl.store(list_expiry_ptr + slot, expiry, mask=keep)
+    tl.store(list_sat_end_ptr + slot, tl.load(sat_end_ptr + j, mask=keep, other=0), mask=keep)
 
 
 @triton.jit(do_not_specialize=["N", "M", "window", "parents"])
 def segments_kernel(
-    u_ptr, expiry_ptr, sat_end_ptr, parent_ptr, parent_count_ptr, alive_ptr, evicted_ptr, list_ptr, list_u_ptr,
-    list_expiry_ptr, list_sat_end_ptr, bounds_ptr, start_ptr, stop_ptr, late_stop_ptr, N, M, window, parents, ALIVE_CAP,
+    u_ptr, expiry_ptr, sat_end_ptr, parent_ptr, parent_count_ptr, stay_ptr, evicted_ptr, list_ptr, list_u_ptr,
+    list_expiry_ptr, list_sat_end_ptr, bounds_ptr, start_ptr, stop_ptr, late_stop_ptr, N, M, window, parents, STAY_CAP,
     CAP, SEGMENT: tl.constexpr, PARENT_SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Lay out the list of one segment.
 
     bounds [rows, segments, 5]: ends of the parts. start [rows, N]: first entry of part 1 still alive at a query; stop,
-    late_stop [rows, N]: one past the last entry of parts 4 and 5 born by a query. Scratch: alive [rows, segments,
-    ALIVE_CAP], the keys alive at the segment's start; evicted [rows, N].
+    late_stop [rows, N]: one past the last entry of parts 4 and 5 born by a query. Scratch: stay [rows, segments,
+    STAY_CAP], the keys of parts 2 and 3 by position; evicted [rows, N].
     """
-    segment = tl.program_id(0)
+    # The last segments look at most keys where there is no parent: they start first.
+    segment = tl.num_programs(0) - 1 - tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     slot = row * tl.num_programs(0) + segment
+    u_ptr += row * N
     expiry_ptr += row * N
     sat_end_ptr += row * N
     evicted_ptr += row * N
-    start_ptr += row * N
-    stop_ptr += row * N
-    late_stop_ptr += row * N
     list_ptr += slot * CAP
-    alive_ptr += slot * ALIVE_CAP
+    columns = (list_u_ptr + slot * CAP, list_expiry_ptr + slot * CAP, list_sat_end_ptr + slot * CAP)
+    stay_ptr += slot * STAY_CAP
     begin = segment * SEGMENT
     end = tl.minimum(begin + SEGMENT, N)
     at = tl.arange(0, BLOCK)
-    alive = _alive(
-        expiry_ptr, parent_ptr, parent_count_ptr, alive_ptr, row, begin, M, window, parents, ALIVE_CAP, PARENT_SIZE,
-        BLOCK,
+    stays = _staying(
+        expiry_ptr, parent_ptr, parent_count_ptr, stay_ptr, evicted_ptr, row, begin, end, M, window, parents, STAY_CAP,
+        PARENT_SIZE, BLOCK,
     )  # fmt: skip
-    _dropped(expiry_ptr, evicted_ptr, alive_ptr, alive, begin, end, BLOCK)
 
-    count = begin * 0
+    dropped = begin * 0
+    outlive = begin * 0  # of the keys born in the segment
     for i in range(begin, end, BLOCK):
         query = i + at
         inside = query < end
         j = tl.load(evicted_ptr + query, mask=inside, other=-1)
+        born = tl.load(expiry_ptr + query - window, mask=inside & (query >= window), other=0)
+        outlive += tl.sum((born >= end).to(tl.int32), 0)
         keep = j >= 0
-        tl.store(start_ptr + query, count + tl.cumsum(keep.to(tl.int32), 0), mask=inside)
-        count = _append(list_ptr, count, j, keep)
-    tl.store(bounds_ptr + slot * 5, count)
+        kept = keep.to(tl.int32)
+        upto = dropped + tl.cumsum(kept, 0)
+        tl.store(start_ptr + row * N + query, upto, mask=inside)
+        _enter(list_ptr, columns, u_ptr, sat_end_ptr, upto - kept, j, query, keep)
+        dropped += tl.sum(kept, 0)
 
-    for saturated in tl.static_range(2):
-        for i in range(0, alive, BLOCK):
-            inside = i + at < alive
-            j = tl.load(alive_ptr + i + at, mask=inside, other=0)
-            stays = inside & (tl.load(expiry_ptr + j, mask=inside, other=0) >= end)
-            whole = tl.load(sat_end_ptr + j, mask=inside, other=0) >= end
-            if saturated:
-                count = _append(list_ptr, count, j, stays & whole)
-            else:
-                count = _append(list_ptr, count, j, stays & ~whole)
-        tl.store(bounds_ptr + slot * 5 + 1 + saturated, count)
+    saturated = begin * 0
+    for i in range(0, stays, BLOCK):
+        inside = i + at < stays
+        j = tl.load(stay_ptr + i + at, mask=inside, other=0)
+        whole = tl.load(sat_end_ptr + j, mask=inside, other=0) >= end
+        saturated += tl.sum((inside & whole).to(tl.int32), 0)
+    gated_slot = dropped
+    saturated_slot = dropped + stays - saturated
+    for i in range(0, stays, BLOCK):
+        inside = i + at < stays
+        j = tl.load(stay_ptr + i + at, mask=inside, other=0)
+        expiry = tl.load(expiry_ptr + j, mask=inside, other=0)
+        whole = (inside & (tl.load(sat_end_ptr + j, mask=inside, other=0) >= end)).to(tl.int32)
+        before = tl.cumsum(whole, 0) - whole
+        place = tl.where(whole == 1, saturated_slot + before, gated_slot + at - before)
+        _enter(list_ptr, columns, u_ptr, sat_end_ptr, place, j, expiry, inside)
+        saturated_slot += tl.sum(whole, 0)
+        gated_slot += BLOCK - tl.sum(whole, 0)
 
-    for late in tl.static_range(2):
-        for i in range(begin, end, BLOCK):
-            query = i + at
-            inside = query < end
-            j = query - window
-            candidate = inside & (j >= 0)
-            expiry = tl.load(expiry_ptr + j, mask=candidate, other=0)
-            if late:
-                keep = (expiry > query) & (expiry < end)
-                tl.store(late_stop_ptr + query, count + tl.cumsum(keep.to(tl.int32), 0), mask=inside)
-            else:
-                keep = (expiry > query) & (expiry >= end)
-                tl.store(stop_ptr + query, count + tl.cumsum(keep.to(tl.int32), 0), mask=inside)
-            count = _append(list_ptr, count, j, keep)
-        tl.store(bounds_ptr + slot * 5 + 3 + late, count)
-
-    # What the consumers ask of a key lies beside it, so that they need not gather it, once per tile.
-    tl.debug_barrier()
-    u_ptr += row * N
-    list_u_ptr += slot * CAP
-    list_expiry_ptr += slot * CAP
-    list_sat_end_ptr += slot * CAP
-    for i in range(0, count, BLOCK):
-        inside = i + at < count
-        j = tl.load(list_ptr + i + at, mask=inside, other=0)
-        tl.store(list_u_ptr + i + at, tl.load(u_ptr + j, mask=inside, other=0.0), mask=inside)
-        tl.store(list_expiry_ptr + i + at, tl.load(expiry_ptr + j, mask=inside, other=0), mask=inside)
-        tl.store(list_sat_end_ptr + i + at, tl.load(sat_end_ptr + j, mask=inside, other=0), mask=inside)
+    born_slot = dropped + stays
+    late_slot = born_slot + outlive
+    bounds_ptr += slot * 5
+    tl.store(bounds_ptr, dropped)
+    tl.store(bounds_ptr + 1, dropped + stays - saturated)
+    tl.store(bounds_ptr + 2, born_slot)
+    tl.store(bounds_ptr + 3, late_slot)
+    for i in range(begin, end, BLOCK):
+        query = i + at
+        inside = query < end
+        j = query - window
+        expiry = tl.load(expiry_ptr + j, mask=inside & (j >= 0), other=0)
+        late = (expiry > query) & (expiry < end)
+        outlives = expiry >= end
+        counts = outlives.to(tl.int32) + (late.to(tl.int32) << 16)
+        upto = tl.cumsum(counts, 0)
+        born_upto = born_slot + (upto & 0xFFFF)
+        late_upto = late_slot + (upto >> 16)
+        tl.store(stop_ptr + row * N + query, born_upto, mask=inside)
+        tl.store(late_stop_ptr + row * N + query, late_upto, mask=inside)
+        _enter(
+            list_ptr, columns, u_ptr, sat_end_ptr, tl.where(late, late_upto, born_upto) - 1, j, expiry, late | outlives
+        )  # fmt: skip
+        total = tl.sum(counts, 0)
+        born_slot += total & 0xFFFF
+        late_slot += total >> 16
+    tl.store(bounds_ptr + 4, late_slot)
 
 
 FANOUT = 16  # nodes per parent: each level reads its parents' keys and those born within one parent
@@ -187,12 +236,14 @@ def levels(segment: int, n: int) -> list[int]:
     """Node sizes, coarsest first, of the tree whose leaves are the segments of a row of length n."""
     sizes = [segment]
     while sizes[-1] * FANOUT < n:
-        sizes.append(sizes[-1] * FANOUT)
+        # The top level gets no more nodes than FANOUT: what is left is divided between fewer leaves.
+        sizes.append(sizes[-1] * min(FANOUT, next_pow2(max(2, -(-n // (FANOUT * sizes[-1]))))))
     return sizes[::-1]
 
 
 def _default(problem, device):
-    return Config(SEGMENT=512 if problem.k <= 512 else 1024, BLOCK=2048, num_warps=8)
+    segment = 512 if problem.k <= 512 else 1024
+    return Config(SEGMENT=segment, BLOCK=1024, num_warps=8)
 
 
 def _check(config, problem, device):

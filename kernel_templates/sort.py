@@ -1,9 +1,9 @@
 """Sorting rows of scores, falling, equal scores by rising index; and the initial values that later kernels expect.
 
-Chunks of SORT scores are sorted in registers, each by one program, as int64 keys: the score's bits, made to run
-against the score, above its index. No two keys are equal, so the rank of a key in the row is the sum of its ranks in
-all sorted chunks, found by binary searches in parallel. Rows of many chunks are left to ``torch.sort``, whose radix
-passes then cost less than that many searches.
+Runs of SORT scores are sorted in registers, each by one program, as int64 keys: the score's bits, made to run against
+the score, above its index. Then RUNS runs at a time are merged, in rounds: the rank of a key is the sum of its ranks in
+all of them, found by binary searches in parallel. Rows of many runs are left to ``torch.sort``, whose radix passes then
+cost less than that many searches.
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ def _decode(key):
 
 @triton.jit
 def _prepare(
-    tau_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, interior_ptr, table_ptr, N, cells, part, parts, row,
-    BLOCK: tl.constexpr,
+    tau_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, interior_ptr, N, part, parts, row, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One part of a row's results as they are without any threshold, and of its zeros of the table."""
+    """One part of a row's results as they are without any threshold."""
     at = tl.arange(0, BLOCK)
     for i in range(part * BLOCK, N, parts * BLOCK):
         inside = i + at < N
@@ -45,66 +44,59 @@ def _prepare(
         tl.store(sat_end_ptr + row * N + i + at, never, mask=inside)
         tl.store(sup_end_ptr + row * N + i + at, never, mask=inside)
         tl.store(interior_ptr + row * N + i + at, 0, mask=inside)
-    for i in range(part * BLOCK, cells, parts * BLOCK):
-        tl.store(table_ptr + row * cells + i + at, tl.zeros([BLOCK], tl.int64), mask=i + at < cells)
 
 
-@triton.jit(do_not_specialize=["N", "cells"])
-def prepare_kernel(
-    tau_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, interior_ptr, table_ptr, N, cells, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Initial values: tau -inf, interior 0, the three ends N [rows, N]; table [rows, cells] int64 zeros."""
+@triton.jit(do_not_specialize=["N"])
+def prepare_kernel(tau_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, interior_ptr, N, BLOCK: tl.constexpr):
+    """Initial values: tau -inf, interior 0, the three ends N [rows, N]."""
     _prepare(
-        tau_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, interior_ptr, table_ptr, N, cells, tl.program_id(0),
-        tl.num_programs(0), tl.program_id(1).to(tl.int64), BLOCK,
+        tau_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, interior_ptr, N, tl.program_id(0), tl.num_programs(0),
+        tl.program_id(1).to(tl.int64), BLOCK,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "M", "cells"])
+@triton.jit(do_not_specialize=["N", "M"])
 def sort_kernel(
-    scores_ptr, sorted_ptr, us_ptr, order_ptr, tau_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, interior_ptr, table_ptr,
-    N, M, cells, SORT: tl.constexpr, SINGLE: tl.constexpr,
+    scores_ptr, us_ptr, order_ptr, tau_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, interior_ptr, N, M,
+    SORT: tl.constexpr,
 ):  # fmt: skip
-    """Sort SORT of the first M scores of a row [rows, N] float32, and write initial values (``prepare_kernel``).
-
-    Out: keys, sorted int64 [rows, chunks, SORT]; with SINGLE, the only chunk's scores us float32 and indices order
-    int32 [rows, M] instead.
-    """
-    chunk = tl.program_id(0)
+    """Sort every run of SORT of the first M scores of a row [rows, N] float32; write initial values
+    (``prepare_kernel``). Out: scores us float32 and indices order int32 [rows, M]."""
+    run = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
-    at = tl.arange(0, SORT)
-    t = chunk * SORT + at
+    t = run * SORT + tl.arange(0, SORT)
     u = tl.load(scores_ptr + row * N + t, mask=t < M, other=0.0)
-    key = tl.sort(tl.where(t < M, _encode(u, t), LAST))
-    if SINGLE:
-        score, index = _decode(key)
-        tl.store(us_ptr + row * M + at, score, mask=at < M)
-        tl.store(order_ptr + row * M + at, index, mask=at < M)
-    else:
-        tl.store(sorted_ptr + (row * tl.num_programs(0) + chunk) * SORT + at, key)
-    _prepare(
-        tau_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, interior_ptr, table_ptr, N, cells, chunk, tl.num_programs(0),
-        row, SORT,
-    )  # fmt: skip
+    score, index = _decode(tl.sort(tl.where(t < M, _encode(u, t), LAST)))
+    tl.store(us_ptr + row * M + t, score, mask=t < M)
+    tl.store(order_ptr + row * M + t, index, mask=t < M)
+    _prepare(tau_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, interior_ptr, N, run, tl.num_programs(0), row, SORT)
 
 
-@triton.jit(do_not_specialize=["M", "chunks"])
+@triton.jit(do_not_specialize=["M"])
 def merge_kernel(
-    sorted_ptr, us_ptr, order_ptr, M, chunks, SORT: tl.constexpr, LOG: tl.constexpr, CHUNKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Scatter the keys of sorted chunks [rows, chunks, SORT] by rank: us float32 and order int32 [rows, M]."""
+    us_ptr, order_ptr, to_us_ptr, to_order_ptr, M, LOG_RUN: tl.constexpr, RUNS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Merge every RUNS sorted runs of 2^LOG_RUN entries, us float32 and order int32 [rows, M], into one run.
+
+    Only scores are compared: of equal ones those of earlier runs have the lower indices.
+    """
     row = tl.program_id(1).to(tl.int64)
-    sorted_ptr += row * chunks * SORT
-    key = tl.load(sorted_ptr + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))
-    c = tl.arange(0, CHUNKS)[:, None]  # keys along the lanes: neighbours probe the same cache lines
-    below = tl.zeros([CHUNKS, BLOCK], tl.int32)
-    for bit in tl.static_range(LOG + 1):
-        more = below + (SORT >> bit)
-        probe = tl.load(sorted_ptr + c * SORT + more - 1, mask=(c < chunks) & (more <= SORT), other=LAST)
-        below = tl.where(probe < key[None, :], more, below)
-    rank = tl.sum(below, 0)
-    score, index = _decode(key)
-    live = key < LAST
-    tl.store(us_ptr + row * M + rank, score, mask=live)
-    tl.store(order_ptr + row * M + rank, index, mask=live)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = at < M
+    u = tl.load(us_ptr + row * M + at, mask=live, other=0.0)
+    own = tl.program_id(0) * BLOCK >> LOG_RUN
+    rank = (own // RUNS * RUNS << LOG_RUN) + (at & ((1 << LOG_RUN) - 1))
+    for other in tl.static_range(1, RUNS):
+        run = own ^ other
+        # One past the last entry is a row's own length, whatever the run's.
+        before = (run << LOG_RUN) + tl.zeros([BLOCK], tl.int32)
+        for bit in tl.static_range(LOG_RUN + 1):
+            step = 1 << (LOG_RUN - bit)
+            probe = before + (step - 1)
+            inside = probe < tl.minimum((run + 1) << LOG_RUN, M)
+            v = tl.load(us_ptr + row * M + probe, mask=live & inside, other=float("-inf"))
+            ahead = inside & ((v > u) | ((v == u) & (run < own)))
+            before = tl.where(ahead, before + step, before)
+        rank += before - (run << LOG_RUN)
+    tl.store(to_us_ptr + row * M + rank, u, mask=live)
+    tl.store(to_order_ptr + row * M + rank, tl.load(order_ptr + row * M + at, mask=live, other=0), mask=live)

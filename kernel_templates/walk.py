@@ -12,95 +12,66 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .events import fixed_point, quantise
+
 KEYS: tl.constexpr = tl.constexpr(8)  # new keys between two looks at whether any event of a window still waits
 
 
 @triton.jit
-def fixed_point(us_ptr, M, LOG_EVENTS: tl.constexpr):
-    """The row's fixed-point unit 1.0 (int64): as large as sums over 2M events allow."""
-    top = tl.maximum(tl.abs(tl.load(us_ptr)), tl.abs(tl.load(us_ptr + M - 1)))
-    top = tl.maximum(tl.minimum(top, 1048576.0), 1.0)
-    shift = 60 - LOG_EVENTS - tl.ceil(tl.log2(top + 1.0)).to(tl.int32)
-    return tl.full([], 1, tl.int64) << tl.minimum(shift, 40)
-
-
-@triton.jit
-def _edges(table_ptr, ev_q_ptr, p, blocks, M, goal, limit, BLOCKS: tl.constexpr, SPAN: tl.constexpr,
-           EARLIER: tl.constexpr, TAU: tl.constexpr):  # fmt: skip
+def _edges(table_ptr, first_x_ptr, first_rank_ptr, p, blocks, M, goal, limit, BLOCKS: tl.constexpr, SPAN: tl.constexpr,
+           TAU: tl.constexpr):  # fmt: skip
     """Events [low, high) hold all that can cross in stretch p; sums over the events before low, of earlier keys."""
     b = tl.arange(0, BLOCKS)
     inside = b < blocks
     width = 3 * blocks
-    counts_ptr = table_ptr if TAU else table_ptr + 2 * blocks
-    if EARLIER:  # the table holds the sums of each stretch
-        e = tl.arange(0, EARLIER)[:, None]
-        counts = tl.zeros([BLOCKS], tl.int64)
-        totals = tl.zeros([BLOCKS], tl.int64)
-        for row in range(0, p + 1, EARLIER):
-            cell = (row + e) * width + b[None, :]
-            there = (row + e <= p) & inside[None, :]
-            counts += tl.sum(tl.load(counts_ptr + cell, mask=there, other=0), 0)
-            if TAU:
-                totals += tl.sum(tl.load(counts_ptr + blocks + cell, mask=there, other=0), 0)
-    else:  # and here those of all up to each
-        counts = tl.load(counts_ptr + p * width + b, mask=inside, other=0)
-        totals = counts
-        if TAU:
-            totals = tl.load(counts_ptr + blocks + p * width + b, mask=inside, other=0)
-    later = tl.load(counts_ptr + (p + 1) * width + b, mask=inside, other=0)
-    if EARLIER:
-        later += counts
-    before = tl.cumsum(counts, 0) - counts
-    after = tl.cumsum(later, 0) - later
-    value, value_after, total = before, after, before
+    at = table_ptr + p * width + b
     if TAU:
-        later = tl.load(counts_ptr + blocks + (p + 1) * width + b, mask=inside, other=0)
-        if EARLIER:
-            later += totals
-        x = tl.load(ev_q_ptr + b * SPAN, mask=inside, other=0)
+        counts = tl.load(at, mask=inside, other=0)
+        totals = tl.load(at + blocks, mask=inside, other=0)
+        later = tl.load(at + width, mask=inside, other=0)
+        later_totals = tl.load(at + width + blocks, mask=inside, other=0)
+        x = tl.load(first_x_ptr + b, mask=inside, other=0)
+        before = tl.cumsum(counts, 0) - counts
         total = tl.cumsum(totals, 0) - totals
         value = total - before * x
-        value_after = tl.cumsum(later, 0) - later - after * x
-        step = SPAN
+        value_after = tl.cumsum(later_totals, 0) - later_totals - (tl.cumsum(later, 0) - later) * x
+        start = b * SPAN
         last = 2 * M
     else:
-        step = SPAN // 2
+        counts = tl.load(at + 2 * blocks, mask=inside, other=0)
+        later = tl.load(at + width + 2 * blocks, mask=inside, other=0)
+        start = tl.load(first_rank_ptr + b, mask=inside, other=0)
+        before = tl.cumsum(counts, 0) - counts
+        total = before
+        value = before
+        value_after = tl.cumsum(later, 0) - later
         last = M
     first = tl.sum((inside & (value_after < goal)).to(tl.int32), 0) - 1  # F is 0 < goal before the first event
     end = tl.sum((inside & (value < limit)).to(tl.int32), 0)
     at_first = b == first
+    high = tl.where(end < blocks, tl.sum(tl.where(b == end, start, 0), 0), last)
     return (
-        first * step, tl.minimum(end * step, last), tl.sum(tl.where(at_first, before, 0), 0),
+        tl.sum(tl.where(at_first, start, 0), 0), high, tl.sum(tl.where(at_first, before, 0), 0),
         tl.sum(tl.where(at_first, total, 0), 0),
     )  # fmt: skip
 
 
 @triton.jit
-def _new_keys(rank_ptr, key_ptr, key_q_ptr, new_t_ptr, new_x_ptr, c0, c1, high, M, C: tl.constexpr, TAU: tl.constexpr):
+def _new_keys(x, add, new_t_ptr, new_x_ptr, c0, C: tl.constexpr):
     """List the stretch's keys that add to F anywhere in the range, in time order; returns their number."""
-    t = c0 + tl.arange(0, C)
-    live = t < c1
-    if TAU:
-        add = live & (tl.load(key_ptr + t, mask=live, other=0) < high)
-        x = tl.load(key_q_ptr + t, mask=add, other=0)
-    else:
-        rank = tl.load(rank_ptr + t, mask=live, other=0)
-        add = live & (rank < high)
-        x = rank.to(tl.int64)
     count = add.to(tl.int32)
     slot = tl.cumsum(count, 0) - count
-    tl.store(new_t_ptr + slot, t, mask=add)
+    tl.store(new_t_ptr + slot, c0 + tl.arange(0, C), mask=add)
     tl.store(new_x_ptr + slot, x, mask=add)
     return tl.sum(count, 0)
 
 
 @triton.jit
-def _run(value, x, minus, new_x_ptr, new, one, goal, limit, TAU: tl.constexpr):
+def _run(value, x, minus, new_x_ptr, n, new, one, goal, limit, TAU: tl.constexpr):
     """How many of (the state before, the state after each new key) leave each event's F below goal, and below limit,
-    which only minus events wait for."""
-    reach = (value < goal).to(tl.int32)
-    pass_ = (value < limit).to(tl.int32)
-    n = new * 0
+    which only minus events wait for. ``value`` is F after n new keys, before which no event crosses."""
+    reach = n + (value < goal).to(tl.int32)
+    pass_ = n + (value < limit).to(tl.int32)
     waiting = tl.max(((value < goal) | (minus & (value < limit))).to(tl.int32), 0) > 0
     while waiting & (n < new):
         for g in tl.static_range(KEYS):
@@ -115,6 +86,25 @@ def _run(value, x, minus, new_x_ptr, new, one, goal, limit, TAU: tl.constexpr):
         n += KEYS
         waiting = tl.max(((value < goal) | (minus & (value < limit))).to(tl.int32), 0) > 0
     return reach, pass_
+
+
+@triton.jit
+def _among(x, s, SUBS: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, SUBS) == s, x, 0), 0)
+
+
+@triton.jit
+def _skip(counts, totals, edge, t, sign, x, live, goal, TAU: tl.constexpr):
+    """The last part of the stretch (edge: where each starts) before which no event of a window crosses; and the sums
+    over the events up to the window's end, of keys before each part."""
+    inside = live[None, :] & (t[None, :] < edge[:, None])
+    counts += tl.sum(tl.where(inside, sign[None, :], 0), 1)
+    value = counts
+    if TAU:
+        totals += tl.sum(tl.where(inside, (sign * x)[None, :], 0), 1)
+        value = totals - counts * tl.min(tl.where(live, x, 1 << 62), 0)
+    part = tl.maximum(tl.sum((value < goal).to(tl.int32), 0) - 1, 0)
+    return part, counts, totals
 
 
 @triton.jit
@@ -152,10 +142,10 @@ def _changes(change_ptr, t, sign, x, minus, reach, pass_, reach_t, pass_t, new, 
 
 @triton.jit
 def _walk(
-    table_ptr, ev_q_ptr, ev_t_ptr, rank_ptr, key_ptr, key_q_ptr, ring_ptr, new_t_ptr, new_x_ptr, change_ptr, tau_ptr,
-    interior_ptr, plus_end_ptr, minus_end_ptr, p, blocks, M, K, shift, fine, few, one, BLOCKS: tl.constexpr,
-    SPAN: tl.constexpr, EARLIER: tl.constexpr, C: tl.constexpr, WINDOW: tl.constexpr, SCAN: tl.constexpr,
-    RING: tl.constexpr, TAU: tl.constexpr,
+    table_ptr, first_x_ptr, first_rank_ptr, ev_x_ptr, ev_t_ptr, scores_ptr, place_ptr, minus_at_ptr, ring_ptr,
+    new_t_ptr, new_x_ptr, change_ptr, tau_ptr, interior_ptr, plus_end_ptr, minus_end_ptr, p, blocks, M, K, shift, fine,
+    few, one, BLOCKS: tl.constexpr, SPAN: tl.constexpr, C: tl.constexpr, WINDOW: tl.constexpr, SCAN: tl.constexpr,
+    RING: tl.constexpr, SUBS: tl.constexpr, TAU: tl.constexpr,
 ):  # fmt: skip
     c0 = K + tl.minimum(p, few) * fine + tl.maximum(p - few, 0) * C
     c1 = tl.minimum(c0 + tl.where(p < few, fine, C), M)
@@ -165,8 +155,38 @@ def _walk(
         limit = goal + 1  # a saturated key stops being so once F(u - 1) is above K
         tl.store(change_ptr + tl.arange(0, C), tl.zeros([C], tl.int64))
         tl.store(change_ptr + C + tl.arange(0, C), tl.zeros([C], tl.int64))
-    low, high, count, total = _edges(table_ptr, ev_q_ptr, p, blocks, M, goal, limit, BLOCKS, SPAN, EARLIER, TAU)
-    new = _new_keys(rank_ptr, key_ptr, key_q_ptr, new_t_ptr, new_x_ptr, c0, c1, high, M, C, TAU)
+    # The stretch's keys are loaded before anything waits for the table.
+    key = c0 + tl.arange(0, C)
+    mine = key < c1
+    packed = tl.load(place_ptr + key, mask=mine, other=0)
+    if TAU:
+        minus_at = tl.load(minus_at_ptr + key, mask=mine, other=0)
+        plus_at = (packed & 0xFFFFFFFF).to(tl.int32)
+        q = quantise(tl.load(scores_ptr + key, mask=mine, other=0.0), one)
+    else:
+        q = packed >> 32
+        plus_at = q.to(tl.int32)
+        minus_at = plus_at
+    low, high, count, total = _edges(
+        table_ptr, first_x_ptr, first_rank_ptr, p, blocks, M, goal, limit, BLOCKS, SPAN, TAU
+    )  # fmt: skip
+    new = _new_keys(q, mine & (plus_at < high), new_t_ptr, new_x_ptr, c0, C)
+
+    # Sums over the events before the window, of keys born before each part of the stretch.
+    edge = c0 + tl.arange(0, SUBS) * (C // SUBS)
+    counts_s = count + tl.zeros([SUBS], tl.int64)
+    totals_s = total + tl.zeros([SUBS], tl.int64)
+    skips = (SUBS > 1) & (new > C // 4)  # fewer new keys are walked over faster than they are skipped
+    listed = edge * 0
+    if skips:
+        earlier = key[None, :] < edge[:, None]
+        listed = tl.sum((earlier & (mine & (plus_at < high))[None, :]).to(tl.int32), 1)
+        before_low = (mine & (plus_at < low)).to(tl.int64)
+        if TAU:
+            gone = (mine & (minus_at < low)).to(tl.int64)
+            totals_s += tl.sum(tl.where(earlier, (before_low * q - gone * (q - one))[None, :], 0), 1)
+            before_low -= gone
+        counts_s += tl.sum(tl.where(earlier, before_low[None, :], 0), 1)
 
     base = (count << 32) + count  # of the events that have not crossed before the stretch: count twice, and total
     base_total = total
@@ -197,14 +217,26 @@ def _walk(
         if TAU:
             t = event >> 1
             minus = (event & 1) == 1
-            x = tl.load(ev_q_ptr + place, mask=live, other=0)
+            x = tl.load(ev_x_ptr + place, mask=live, other=0)
             sign = tl.where(minus, -1, 1).to(tl.int64)
             old = live & (t < c0)
             signs = tl.where(old, sign, 0)
             weights = signs * x
-            value = total + tl.cumsum(weights, 0) - weights - (count + tl.cumsum(signs, 0) - signs) * x
-            count += tl.sum(signs, 0)
-            total += tl.sum(weights, 0)
+            skipped = low * 0
+            if skips:
+                # Where parts are skipped no event has crossed before the stretch: F after them tells the same.
+                part, counts_after, totals_after = _skip(counts_s, totals_s, edge, t, sign, x, live, goal, TAU)
+                skipped = _among(listed, part, SUBS)
+                then = tl.where(live & (t < c0 + part * (C // SUBS)), sign, 0)
+                moments = then * x
+                value = _among(totals_s, part, SUBS) + tl.cumsum(moments, 0) - moments
+                value -= (_among(counts_s, part, SUBS) + tl.cumsum(then, 0) - then) * x
+                counts_s = counts_after
+                totals_s = totals_after
+            else:
+                value = total + tl.cumsum(weights, 0) - weights - (count + tl.cumsum(signs, 0) - signs) * x
+                count += tl.sum(signs, 0)
+                total += tl.sum(weights, 0)
             below = value < goal
             own = (tl.where(below | (minus & (value < limit)), signs, 0) << 32) + tl.where(below, signs, 0)
             base += tl.sum(own, 0)
@@ -217,13 +249,22 @@ def _walk(
             t = event
             minus = live & False
             x = place.to(tl.int64)
-            olds = (live & (t < c0)).to(tl.int64)
-            value = count + tl.cumsum(olds, 0) - olds
-            count += tl.sum(olds, 0)
+            skipped = low * 0
+            if skips:
+                ones = live.to(tl.int64)
+                part, counts_after, totals_after = _skip(counts_s, totals_s, edge, t, ones, x, live, goal, TAU)
+                skipped = _among(listed, part, SUBS)
+                olds = (live & (t < c0 + part * (C // SUBS))).to(tl.int64)
+                value = _among(counts_s, part, SUBS) + tl.cumsum(olds, 0) - olds
+                counts_s = counts_after
+            else:
+                olds = (live & (t < c0)).to(tl.int64)
+                value = count + tl.cumsum(olds, 0) - olds
+                count += tl.sum(olds, 0)
             crossed = live & (value >= goal)
         done = tl.max(crossed.to(tl.int32), 0) > 0
         value = tl.where(live, value, limit)
-        reach, pass_ = _run(value, x, minus, new_x_ptr, new, one, goal, limit, TAU)
+        reach, pass_ = _run(value, x, minus, new_x_ptr, skipped, new, one, goal, limit, TAU)
         reach_t = _time(reach, new_t_ptr, new, c0)
         if TAU:
             pass_t = _time(pass_, new_t_ptr, new, c0)
@@ -240,23 +281,20 @@ def _walk(
         tl.debug_barrier()
         more = ~done & ((at < high) | (head < tail))
     _finish(
-        rank_ptr, key_ptr, key_q_ptr, change_ptr, tau_ptr, interior_ptr, plus_end_ptr, minus_end_ptr, c0, c1, low,
-        passed, base, base_total, goal, shift, M, one, C, TAU,
+        q, plus_at, minus_at, change_ptr, tau_ptr, interior_ptr, plus_end_ptr, minus_end_ptr, c0, c1, low, passed, base,
+        base_total, goal, shift, one, C, TAU,
     )  # fmt: skip
 
 
 @triton.jit
 def _finish(
-    rank_ptr, key_ptr, key_q_ptr, change_ptr, tau_ptr, interior_ptr, plus_end_ptr, minus_end_ptr, c0, c1, low, passed,
-    base, base_total, goal, shift, M, one, C: tl.constexpr, TAU: tl.constexpr,
+    q, plus_at, minus_at, change_ptr, tau_ptr, interior_ptr, plus_end_ptr, minus_end_ptr, c0, c1, low, passed, base,
+    base_total, goal, shift, one, C: tl.constexpr, TAU: tl.constexpr,
 ):  # fmt: skip
     """The new keys whose events lie outside of the range, and the results by query."""
     t = c0 + tl.arange(0, C)
     live = t < c1
     if TAU:
-        plus_at = tl.load(key_ptr + t, mask=live, other=0)
-        minus_at = tl.load(key_ptr + M + t, mask=live, other=0)
-        q = tl.load(key_q_ptr + t, mask=live, other=0)
         plus = live & (plus_at < low)
         minus = live & (minus_at < low)
         sign = plus.to(tl.int64) - minus.to(tl.int64)
@@ -271,17 +309,15 @@ def _finish(
         tl.store(tau_ptr + t + shift, tau.to(tl.float32), mask=live)
         tl.store(interior_ptr + t + shift, interior.to(tl.int32), mask=live)
         tl.store(minus_end_ptr + t, t + shift, mask=live & (minus_at >= passed))
-    else:
-        plus_at = tl.load(rank_ptr + t, mask=live, other=0)
     tl.store(plus_end_ptr + t, t + shift, mask=live & (plus_at >= passed))
 
 
 @triton.jit(do_not_specialize=["K", "M", "N", "shift", "fine", "few", "blocks", "stretches", "first"])
 def walk_kernel(
-    table_ptr, us_ptr, ev_q_ptr, ev_t_ptr, order_ptr, key_ptr, key_q_ptr, ring_ptr, new_t_ptr, new_x_ptr, change_ptr,
-    tau_ptr, interior_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, first, stretches, blocks, M, N, shift, K, fine, few,
-    LOG: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr, EARLIER: tl.constexpr, C: tl.constexpr,
-    WINDOW: tl.constexpr, SCAN: tl.constexpr, RING: tl.constexpr,
+    scores_ptr, table_ptr, first_x_ptr, first_rank_ptr, us_ptr, ev_x_ptr, ev_t_ptr, order_ptr, place_ptr, minus_at_ptr,
+    ring_ptr, new_t_ptr, new_x_ptr, change_ptr, tau_ptr, interior_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, first,
+    stretches, blocks, M, N, shift, K, fine, few, LOG: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr,
+    C: tl.constexpr, WINDOW: tl.constexpr, SCAN: tl.constexpr, RING: tl.constexpr, SUBS: tl.constexpr,
 ):  # fmt: skip
     """The results of a stretch of queries and of the keys that change in it, for tau (axis 0 even) or ranks (odd).
 
@@ -293,22 +329,26 @@ def walk_kernel(
     p = first + tl.program_id(1)
     task = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     table_ptr += row * (stretches + 1) * 3 * blocks
-    key_ptr += row * 3 * M
+    first_x_ptr += row * blocks
+    first_rank_ptr += row * blocks
+    scores_ptr += row * N
+    place_ptr += row * M
+    minus_at_ptr += row * M
     ring_ptr += task * RING
     new_t_ptr += task * C
     new_x_ptr += task * C
     if tl.program_id(0) % 2 == 0:
         one = fixed_point(us_ptr + row * M, M, LOG)
         _walk(
-            table_ptr, ev_q_ptr + row * 2 * M, ev_t_ptr + row * 2 * M, key_ptr + 2 * M, key_ptr, key_q_ptr + row * M,
-            ring_ptr, new_t_ptr, new_x_ptr, change_ptr + task * 2 * C, tau_ptr + row * N, interior_ptr + row * N,
-            sup_end_ptr + row * N, sat_end_ptr + row * N, p, blocks, M, K, shift, fine, few, one, BLOCKS, SPAN,
-            EARLIER, C, WINDOW, SCAN, RING, True,
+            table_ptr, first_x_ptr, first_rank_ptr, ev_x_ptr + row * 2 * M, ev_t_ptr + row * 2 * M, scores_ptr,
+            place_ptr, minus_at_ptr, ring_ptr, new_t_ptr, new_x_ptr, change_ptr + task * 2 * C, tau_ptr + row * N,
+            interior_ptr + row * N, sup_end_ptr + row * N, sat_end_ptr + row * N, p, blocks, M, K, shift, fine, few,
+            one, BLOCKS, SPAN, C, WINDOW, SCAN, RING, SUBS, True,
         )  # fmt: skip
     else:
         one = tl.full([], 1, tl.int64)
         _walk(
-            table_ptr, ev_q_ptr, order_ptr + row * M, key_ptr + 2 * M, key_ptr, key_q_ptr, ring_ptr, new_t_ptr,
-            new_x_ptr, change_ptr, tau_ptr, interior_ptr, expiry_ptr + row * N, expiry_ptr, p, blocks, M, K, shift,
-            fine, few, one, BLOCKS, SPAN, EARLIER, C, WINDOW, SCAN, RING, False,
+            table_ptr, first_x_ptr, first_rank_ptr, ev_x_ptr, order_ptr + row * M, scores_ptr, place_ptr, minus_at_ptr,
+            ring_ptr, new_t_ptr, new_x_ptr, change_ptr, tau_ptr, interior_ptr, expiry_ptr + row * N, expiry_ptr, p,
+            blocks, M, K, shift, fine, few, one, BLOCKS, SPAN, C, WINDOW, SCAN, RING, SUBS, False,
         )  # fmt: skip

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import launcher
 from .kernel_templates import dkv as dkv_t
 from .kernel_templates import dq as dq_t
+from .kernel_templates import events as events_t
 from .kernel_templates import forward as forward_t
 from .kernel_templates import schedule as schedule_t
 from .kernel_templates import sort as sort_t
@@ -98,61 +99,54 @@ def threshold(scores: Tensor, k: int, window: int, config: Config) -> Selection:
     tau = scores.new_empty(scores.shape)
     initial = (tau, expiry, sat_end, sup_end, interior)
     if m <= k:
-        _run(sort_t.prepare_kernel, (_cdiv(n, 1024), rows), *initial, tau, n, 0, BLOCK=1024, num_warps=4)
+        _run(sort_t.prepare_kernel, (_cdiv(n, 1024), rows), *initial, n, BLOCK=1024, num_warps=4)
         return Selection(tau, expiry, sat_end, sup_end, interior)
-    chunk, fine, few, stretches, span, blocks = threshold_t.cuts(m, k, config["CHUNK"])
-    cells = (1 + stretches) * 3 * blocks
+    cuts = threshold_t.cuts(m, k, config["CHUNK"])
+    chunk, fine, few, stretches, span, blocks = cuts
     walks = _cdiv(stretches, max(1, threshold_t.PROGRAMS // (2 * rows)))
     programs = _cdiv(stretches, walks)
     sort, ring, tasks = config["SORT"], threshold_t.ring(config), 2 * rows * programs
-    chunks = _cdiv(m, sort) if sort else 1
-    own = sort > 0 and chunks <= threshold_t.MERGED
-    merged = rows * chunks * sort if own and chunks > 1 else 0
-    table, events, values, new_x, change, runs = _carve(
-        scores, torch.int64, rows * cells, rows * 2 * m, rows * m, tasks * chunk, 2 * tasks * chunk, merged
-    )
-    codes, keys, rings, new_t, order, us = _carve(
-        scores, torch.int32, rows * 2 * m, rows * 3 * m, tasks * ring, tasks * chunk, rows * m, rows * m
-    )
-    us = us.view(torch.float32)
-    if own:
+    table, first_x, places, new_x, change, events, sums = _carve(
+        scores, torch.int64, rows * (1 + stretches) * 3 * blocks, rows * blocks, rows * m, tasks * chunk,
+        2 * tasks * chunk, rows * 2 * m, rows * 2 * m,
+    )  # fmt: skip
+    codes, sorted_codes, minus_at, first_rank, rings, new_t, order, us, other_order, other_us = _carve(
+        scores, torch.int32, *2 * [rows * 2 * m], rows * m, rows * blocks, tasks * ring, tasks * chunk, *4 * [rows * m]
+    )  # fmt: skip
+    us, other_us = us.view(torch.float32), other_us.view(torch.float32)
+    if sort and m <= sort * threshold_t.MERGED:
         _run(
-            sort_t.sort_kernel, (chunks, rows),
-            scores, runs, us, order, *initial, table, n, m, cells, SORT=sort, SINGLE=chunks == 1,
-            num_warps=config["sort_warps"],
+            sort_t.sort_kernel, (_cdiv(m, sort), rows),
+            scores, us, order, *initial, n, m, SORT=sort, num_warps=config["sort_warps"],
         )  # fmt: skip
-        if chunks > 1:
-            columns = next_pow2(chunks)
-            block = min(sort, 2048 // columns)
+        for run in threshold_t.rounds(m, sort):
+            block = min(run, 256)
             _run(
-                sort_t.merge_kernel, (chunks * sort // block, rows),
-                runs, us, order, m, chunks, SORT=sort, LOG=sort.bit_length() - 1, CHUNKS=columns, BLOCK=block,
+                sort_t.merge_kernel, (_cdiv(m, block), rows),
+                us, order, other_us, other_order, m, LOG_RUN=run.bit_length() - 1, RUNS=threshold_t.RUNS, BLOCK=block,
                 num_warps=4,
             )  # fmt: skip
+            us, order, other_us, other_order = other_us, other_order, us, order
     else:
-        _run(sort_t.prepare_kernel, (_cdiv(n, 1024), rows), *initial, table, n, cells, BLOCK=1024, num_warps=4)
+        _run(sort_t.prepare_kernel, (_cdiv(n, 1024), rows), *initial, n, BLOCK=1024, num_warps=4)
         # Adding zero makes -0.0 and 0.0 one value for the sort too.
         us, order = torch.sort(scores.reshape(rows, n)[:, :m] + 0.0, dim=1, descending=True, stable=True)
     log = (2 * m).bit_length()
+    piece = min(span, threshold_t.PIECE)
+    meta = {"LOG": log, "SPAN": span, "STEPS": span.bit_length(), "CHUNK_LOG": chunk.bit_length() - 1}
     _run(
-        threshold_t.events_kernel, (_cdiv(m, 256), rows),
-        us, order, events, codes, values, keys, table, m, k, stretches, blocks, fine, few, LOG=log, SPAN=span,
-        CHUNK=chunk, BLOCK=256, num_warps=4,
+        events_t.events_kernel, (blocks, rows),
+        us, order, events, codes, places, minus_at, sums, sorted_codes, table, first_x, first_rank, m, k,
+        1 + stretches, fine.bit_length() - 1, few, **meta, LOG_PIECE=piece.bit_length() - 1,
+        TIMES=threshold_t.times(cuts), BLOCK=min(512, span), num_warps=8 if piece > 512 else 4,
     )  # fmt: skip
-    earlier = threshold_t.EARLIER
-    if stretches > threshold_t.FEW:
-        earlier = 0
-        _run(
-            threshold_t.prefix_kernel, (_cdiv(3 * blocks, 16), rows),
-            table, 1 + stretches, 3 * blocks, TIMES=128, BLOCK=16, num_warps=4,
-        )  # fmt: skip
     for first in range(0, stretches, programs):
         _run(
             walk_t.walk_kernel, (2 * rows, min(programs, stretches - first)),
-            table, us, events, codes, order, keys, values, rings, new_t, new_x, change, tau, interior, expiry, sat_end,
-            sup_end, first, stretches, blocks, m, n, window, k, fine, few, LOG=log, BLOCKS=next_pow2(blocks),
-            SPAN=span, EARLIER=earlier, C=chunk, WINDOW=config["WINDOW"], SCAN=config["SCAN"], RING=ring,
-            num_warps=config["walk_warps"], maxnreg=threshold_t.REGISTERS,
+            scores, table, first_x, first_rank, us, events, codes, order, places, minus_at, rings, new_t, new_x, change,
+            tau, interior, expiry, sat_end, sup_end, first, stretches, blocks, m, n, window, k, fine, few, LOG=log,
+            BLOCKS=next_pow2(blocks), SPAN=span, C=chunk, WINDOW=config["WINDOW"], SCAN=config["SCAN"], RING=ring,
+            SUBS=threshold_t.parts(chunk), num_warps=config["walk_warps"], maxnreg=threshold_t.REGISTERS,
         )  # fmt: skip
     return Selection(tau, expiry, sat_end, sup_end, interior)
 
@@ -173,7 +167,7 @@ def schedule(scores: Tensor, selection: Selection, k: int, window: int, config: 
         _run(
             schedule_t.alive_kernel, (nodes, rows),
             expiry, parent, count, children, counts, n, m, window, parents, cap, SIZE=size, PARENT_SIZE=parent_size,
-            BLOCK=block, num_warps=warps,
+            BLOCK=min(8 * block, 8192), num_warps=min(2 * warps, 16),
         )  # fmt: skip
         parent, count, parents, parent_size = children, counts, nodes, size
     alive, evicted = _carve(expiry, torch.int32, rows * segments * cap, rows * n)

@@ -66,9 +66,10 @@ def test_atomics_are_of_integers():
     assert lines and all(".add.u64" in line for line in lines), lines
 
 
-@pytest.mark.parametrize(("n", "launches"), [(4096, 5), (16384, 5), (65536, 6)])
+@pytest.mark.parametrize(("n", "launches"), [(4096, 5), (16384, 6), (65536, 5)])
 def test_few_launches_before_the_attention(n, launches):
-    """Of threshold and schedule together; above 32768 torch.sort comes on top."""
+    """Of threshold and schedule together; above 32768 torch.sort comes on top. Two rounds merge 16384 scores:
+    one of 16 runs takes longer than both."""
     use_target(DEVICE)
     problem = Problem.of("bf16", 128, 4, "kv", 1024 if n == 16384 else 512, 512, n, 8)
     first, second = (TEMPLATES[name].default(problem, DEVICE) for name in ("threshold", "schedule"))

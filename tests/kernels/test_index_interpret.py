@@ -37,7 +37,7 @@ SMALL = Config(SORT=32, CHUNK=16, WINDOW=32, SCAN=16, sort_warps=1, walk_warps=1
 OTHERS = [
     Config({**SMALL, "SORT": 0, "CHUNK": 64, "WINDOW": 16}),  # torch.sort; windows that an event range fills often
     Config({**SMALL, "SORT": 128, "SCAN": 64, "WINDOW": 16}),  # more is scanned at once than a window takes
-    Config({**SMALL, "SORT": 4, "CHUNK": 32, "WINDOW": 128}),  # too many chunks to merge
+    Config({**SMALL, "SORT": 4, "CHUNK": 32, "WINDOW": 128}),  # three rounds of merging
 ]
 
 
@@ -72,13 +72,23 @@ def test_budgets_around_the_number_of_candidates(k):
 
 
 @pytest.mark.parametrize("kind", ["random", "ties", "rising", "all dropped at once"])
-@pytest.mark.parametrize("running_sums", [False, True])
-def test_results_do_not_depend_on_the_config(kind, running_sums, short_stretches, monkeypatch):
-    monkeypatch.setattr(threshold, "FEW", 2 if running_sums else 1 << 20)
-    monkeypatch.setattr(threshold, "PROGRAMS", 6 if running_sums else 1 << 20)  # several launches of the walk
+@pytest.mark.parametrize("parts", [False, True])
+def test_results_do_not_depend_on_the_config(kind, parts, short_stretches, monkeypatch):
+    if parts:
+        monkeypatch.setattr(threshold, "PROGRAMS", 6)  # several launches of the walk
+        monkeypatch.setattr(threshold, "PART", 2)
+        monkeypatch.setattr(threshold, "TIMES", 4)  # the events' programs find several one after the other
+        monkeypatch.setattr(threshold, "PIECE", 4)  # of which they sort several
     u = make_scores(kind, 90)
     results = [launch.threshold(u, 9, 5, config) for config in (SMALL, *OTHERS)]
     assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other, strict=True))
+
+
+def test_too_many_runs_are_sorted_by_torch(monkeypatch):
+    u = make_scores("random", 90)
+    expected = launch.threshold(u, 9, 5, SMALL)
+    monkeypatch.setattr(threshold, "MERGED", 2)
+    assert all(torch.equal(x, y) for x, y in zip(launch.threshold(u, 9, 5, SMALL), expected, strict=True))
 
 
 @pytest.mark.parametrize("m", [2, 3, 100, 8192, 1 << 20, 1 << 29])
