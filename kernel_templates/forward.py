@@ -192,9 +192,9 @@ def forward_kernel(
             window, log_scale, D, BD, WIDE, BN, ONLINE, STAGES,
         )  # fmt: skip
     if not ONLINE:
+        # Not for the first tile: where one key is all there is, its weight has to be 1, which bfloat16 holds exactly.
+        # Any other is rounded, and that would show in delta, and from there in dq, which is zero.
         good = (norm >= SMALL) & (norm <= LARGE) & (i >= BQ)
-        # The first queries too: where one key is all there is, a weight that bfloat16 rounds would show in delta and
-        # from there in dq, which is zero. Relative to the largest logit it is 1.
         if tl.min((good | (ok == 0)).to(tl.int32), 0) == 0:
             acc = tl.zeros([BM, BD], tl.float32)
             norm = tl.zeros([BM], tl.float32)

@@ -32,12 +32,21 @@ def _append(list_ptr, count, j, keep):
 
 
 @triton.jit
-def _alive(
-    expiry_ptr, parent_ptr, parent_count_ptr, list_ptr, row, begin, M, window, parents, CAP, PARENT_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
+def _sift(list_ptr, evicted_ptr, count, j, expiry, inside, begin, end, EVICTED: tl.constexpr):
+    """Of keys in order: append those that live until ``end``; with EVICTED, write those alive at ``begin`` that do not
+    to the queries that drop them. Returns the new count."""
+    if EVICTED:
+        tl.store(evicted_ptr + expiry, j, mask=inside & (expiry > begin) & (expiry < end))
+    return _append(list_ptr, count, j, inside & (expiry >= end))
+
+
+@triton.jit
+def _lasting(
+    expiry_ptr, parent_ptr, parent_count_ptr, list_ptr, evicted_ptr, row, begin, end, M, window, parents, CAP,
+    EVICTED: tl.constexpr, PARENT_SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """List the keys selected both before and at query ``begin``, by position; returns their number. PARENT_SIZE 0: no
-    parent. Every load but those of inherited keys' expiry runs one block ahead of its use."""
+    """List the keys selected from before query ``begin`` until ``end``, by position; returns their number. PARENT_SIZE
+    0: no parent. Every load but those of inherited keys' expiry runs one block ahead of its use."""
     at = tl.arange(0, BLOCK)
     count = begin * 0
     first = -window
@@ -51,8 +60,8 @@ def _alive(
             ahead = i + BLOCK + at
             next_j = tl.load(parent_ptr + ahead, mask=ahead < inherited, other=0)
             inside = i + at < inherited
-            keep = inside & (tl.load(expiry_ptr + j, mask=inside, other=0) > begin)
-            count = _append(list_ptr, count, j, keep)
+            expiry = tl.load(expiry_ptr + j, mask=inside, other=0)
+            count = _sift(list_ptr, evicted_ptr, count, j, expiry, inside, begin, end, EVICTED)
             j = next_j
     first = tl.maximum(first, 0)
     last = tl.minimum(begin - window, M)
@@ -60,7 +69,7 @@ def _alive(
     for i in range(first, last, BLOCK):
         ahead = i + BLOCK + at
         next_expiry = tl.load(expiry_ptr + ahead, mask=ahead < last, other=0)
-        count = _append(list_ptr, count, i + at, (i + at < last) & (expiry > begin))
+        count = _sift(list_ptr, evicted_ptr, count, i + at, expiry, i + at < last, begin, end, EVICTED)
         expiry = next_expiry
     return count
 
@@ -74,54 +83,13 @@ def alive_kernel(
     node = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     slot = row * tl.num_programs(0) + node
-    count = _alive(
-        expiry_ptr + row * N, parent_ptr, parent_count_ptr, list_ptr + slot * CAP, row, node * SIZE, M, window,
-        parents, CAP, PARENT_SIZE, BLOCK,
+    begin = node * SIZE
+    list_ptr += slot * CAP
+    count = _lasting(
+        expiry_ptr + row * N, parent_ptr, parent_count_ptr, list_ptr, list_ptr, row, begin, begin + 1, M, window,
+        parents, CAP, False, PARENT_SIZE, BLOCK,
     )  # fmt: skip
     tl.store(count_ptr + slot, count)
-
-
-@triton.jit
-def _sift(stay_ptr, evicted_ptr, stays, j, expiry, inside, begin, end):
-    """Of keys in order: those alive at ``begin`` that are dropped before ``end``, to the queries that drop them; those
-    that stay, appended; returns their new number."""
-    tl.store(evicted_ptr + expiry, j, mask=inside & (expiry > begin) & (expiry < end))
-    return _append(stay_ptr, stays, j, inside & (expiry >= end))
-
-
-@triton.jit
-def _staying(
-    expiry_ptr, parent_ptr, parent_count_ptr, stay_ptr, evicted_ptr, row, begin, end, M, window, parents, CAP,
-    PARENT_SIZE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """List the keys selected from before ``begin`` until ``end``, by position; returns their number. By query of the
-    segment, the key alive at its start that is dropped there, or -1."""
-    at = tl.arange(0, BLOCK)
-    for i in range(begin, end, BLOCK):
-        tl.store(evicted_ptr + i + at, tl.full([BLOCK], -1, tl.int32), mask=i + at < end)
-    tl.debug_barrier()
-    stays = begin * 0
-    first = -window
-    if PARENT_SIZE > 0:
-        parent = begin // PARENT_SIZE
-        first = parent * PARENT_SIZE - window
-        parent_ptr += (row * parents + parent) * CAP
-        inherited = tl.load(parent_count_ptr + row * parents + parent)
-        for i in range(0, inherited, BLOCK):
-            inside = i + at < inherited
-            j = tl.load(parent_ptr + i + at, mask=inside, other=0)
-            expiry = tl.load(expiry_ptr + j, mask=inside, other=0)
-            stays = _sift(stay_ptr, evicted_ptr, stays, j, expiry, inside, begin, end)
-    first = tl.maximum(first, 0)
-    last = tl.minimum(begin - window, M)
-    expiry = tl.load(expiry_ptr + first + at, mask=first + at < last, other=0)
-    for i in range(first, last, BLOCK):
-        ahead = i + BLOCK + at
-        next_expiry = tl.load(expiry_ptr + ahead, mask=ahead < last, other=0)
-        stays = _sift(stay_ptr, evicted_ptr, stays, i + at, expiry, i + at < last, begin, end)
-        expiry = next_expiry
-    tl.debug_barrier()
-    return stays
 
 
 @triton.jit
@@ -161,10 +129,15 @@ def segments_kernel(
     begin = segment * SEGMENT
     end = tl.minimum(begin + SEGMENT, N)
     at = tl.arange(0, BLOCK)
-    stays = _staying(
+    # By query, the key alive at the segment's start that it drops, or -1.
+    for i in range(begin, end, BLOCK):
+        tl.store(evicted_ptr + i + at, tl.full([BLOCK], -1, tl.int32), mask=i + at < end)
+    tl.debug_barrier()
+    stays = _lasting(
         expiry_ptr, parent_ptr, parent_count_ptr, stay_ptr, evicted_ptr, row, begin, end, M, window, parents, STAY_CAP,
-        PARENT_SIZE, BLOCK,
+        True, PARENT_SIZE, BLOCK,
     )  # fmt: skip
+    tl.debug_barrier()
 
     dropped = begin * 0
     outlive = begin * 0  # of the keys born in the segment
@@ -239,6 +212,11 @@ def levels(segment: int, n: int) -> list[int]:
         # The top level gets no more nodes than FANOUT: what is left is divided between fewer leaves.
         sizes.append(sizes[-1] * min(FANOUT, next_pow2(max(2, -(-n // (FANOUT * sizes[-1]))))))
     return sizes[::-1]
+
+
+def coarse(config: Config) -> tuple[int, int]:
+    """BLOCK and warps of the levels above the segments: few programs, each with a long way to read."""
+    return min(8 * config["BLOCK"], 8192), min(2 * config["num_warps"], 16)
 
 
 def _default(problem, device):

@@ -133,12 +133,12 @@ def threshold(scores: Tensor, k: int, window: int, config: Config) -> Selection:
         us, order = torch.sort(scores.reshape(rows, n)[:, :m] + 0.0, dim=1, descending=True, stable=True)
     log = (2 * m).bit_length()
     piece = min(span, threshold_t.PIECE)
-    meta = {"LOG": log, "SPAN": span, "STEPS": span.bit_length(), "CHUNK_LOG": chunk.bit_length() - 1}
     _run(
         events_t.events_kernel, (blocks, rows),
         us, order, events, codes, places, minus_at, sums, sorted_codes, table, first_x, first_rank, m, k,
-        1 + stretches, fine.bit_length() - 1, few, **meta, LOG_PIECE=piece.bit_length() - 1,
-        TIMES=threshold_t.times(cuts), BLOCK=min(512, span), num_warps=8 if piece > 512 else 4,
+        1 + stretches, fine.bit_length() - 1, few, LOG=log, SPAN=span, STEPS=span.bit_length(),
+        CHUNK_LOG=chunk.bit_length() - 1, LOG_PIECE=piece.bit_length() - 1, TIMES=threshold_t.times(cuts),
+        BLOCK=min(512, span), num_warps=8 if piece > 512 else 4,
     )  # fmt: skip
     for first in range(0, stretches, programs):
         _run(
@@ -158,7 +158,8 @@ def schedule(scores: Tensor, selection: Selection, k: int, window: int, config: 
     rows, m = expiry.numel() // n, n - window
     if m <= 0:
         return None
-    segment, block, warps = config["SEGMENT"], config["BLOCK"], config["num_warps"]
+    segment = config["SEGMENT"]
+    coarse, coarse_warps = schedule_t.coarse(config)
     cap, segments = min(k, m), _cdiv(n, segment)
     parent, count, parents, parent_size = expiry, expiry, 1, 0
     for size in schedule_t.levels(segment, n)[:-1]:
@@ -167,10 +168,10 @@ def schedule(scores: Tensor, selection: Selection, k: int, window: int, config: 
         _run(
             schedule_t.alive_kernel, (nodes, rows),
             expiry, parent, count, children, counts, n, m, window, parents, cap, SIZE=size, PARENT_SIZE=parent_size,
-            BLOCK=min(8 * block, 8192), num_warps=min(2 * warps, 16),
+            BLOCK=coarse, num_warps=coarse_warps,
         )  # fmt: skip
         parent, count, parents, parent_size = children, counts, nodes, size
-    alive, evicted = _carve(expiry, torch.int32, rows * segments * cap, rows * n)
+    stay, evicted = _carve(expiry, torch.int32, rows * segments * cap, rows * n)
     entries = (rows, segments, cap + segment)
     out = Schedule(
         expiry.new_empty(entries),
@@ -185,8 +186,9 @@ def schedule(scores: Tensor, selection: Selection, k: int, window: int, config: 
     )
     _run(
         schedule_t.segments_kernel, (segments, rows),
-        scores, expiry, selection.sat_end, parent, count, alive, evicted, *out[:8], n, m, window, parents, cap,
-        cap + segment, SEGMENT=segment, PARENT_SIZE=parent_size, BLOCK=block, num_warps=warps,
+        scores, expiry, selection.sat_end, parent, count, stay, evicted, *out[:8], n, m, window, parents, cap,
+        cap + segment, SEGMENT=segment, PARENT_SIZE=parent_size, BLOCK=config["BLOCK"],
+        num_warps=config["num_warps"],
     )  # fmt: skip
     return out
 
