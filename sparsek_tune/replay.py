@@ -2,8 +2,9 @@
 
 What a stage launches follows from shapes, strides, dtypes, alignment and options alone (``launch``). So the second call
 of a kind is recorded: which tensors it allocated, and which kernels it launched with which arguments. From then on such
-a call is a table: allocate the results and one workspace, and launch each kernel with the addresses filled in. That
-takes a few microseconds a launch, where working everything out anew takes ten times that.
+a call is a table: allocate the results and a workspace, and launch each kernel with the addresses filled in. That
+takes a few microseconds a launch, where working everything out anew takes ten times that. Where it saves memory, the
+launches are two phases, and the second takes what the first no longer needs.
 
 A call is replayed only where all that the recorded one depended on is equal, its arguments' validity included, and
 where nothing observes launches (``launcher.observed``). A call that did anything but allocate, take views and launch is
@@ -12,7 +13,7 @@ never replayed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -26,40 +27,54 @@ from .launcher import Bound, Launch
 
 MOST = 1024  # calls remembered; a few kilobytes each
 ALIGNED = 512  # bytes: how PyTorch's own allocations are aligned
+WORTH = 1 << 20  # bytes that a second phase must save: it costs an allocation
 
 _ALLOCATING = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
 _plans: dict[Any, Plan | bool] = {}  # True: seen once; False: cannot be replayed
 
+_Kind = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+
+
+class Phase(NamedTuple):
+    """Launches, and the memory that they are the first to use. kept: shape, strides and dtype of what lives until the
+    call ends; scratch: int32 elements of what ends with the phase; cells: (base, offset) of every address that no phase
+    before used; steps: each takes its arguments out of the pool by position."""
+
+    kept: tuple[_Kind, ...]
+    scratch: int
+    cells: tuple[tuple[int, int], ...]
+    steps: tuple[tuple[Bound, tuple[int, int, int], Callable[[Any], tuple[Any, ...]]], ...]
+
 
 class Plan(NamedTuple):
-    """A recorded call. results: shape and dtype of each; cells: (base, offset) of every address, a base being an
-    argument, a result or the workspace, in this order; constants: every other argument of a launch; steps: the
-    launches, each taking its arguments out of addresses and constants by position."""
+    """A recorded call. A base is an argument or, phase by phase, what the phase keeps and then its scratch; the pool is
+    all constants, then the addresses of the cells, phase by phase."""
 
     device: torch.device
-    results: tuple[tuple[torch.Size, torch.dtype], ...]
-    workspace: int  # int32 elements
-    cells: tuple[tuple[int, int], ...]
     constants: tuple[Any, ...]
-    steps: tuple[tuple[Bound, tuple[int, int, int], Callable[[Any], tuple[Any, ...]]], ...]
+    phases: tuple[Phase, ...]
+    results: tuple[int, ...]  # positions among all that is kept
     hooks: tuple[list[Any], ...]  # of the kernels; all empty when recorded
 
     def __call__(self, pointers: Sequence[int]) -> tuple[Tensor, ...]:
         """The call with arguments at these addresses, on the current stream of the current device."""
-        device = self.device
-        results = tuple([torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.results])
-        bases = [*pointers, *[t.data_ptr() for t in results]]
-        if self.workspace:
-            workspace = torch.empty(self.workspace, dtype=torch.int32, device=device)
-            bases.append(workspace.data_ptr())
-        pool = [*[bases[base] + offset for base, offset in self.cells], *self.constants]
+        device, kept, bases, pool = self.device, [], [*pointers], [*self.constants]
+        empty = torch.empty_strided  # half the time of torch.empty
         stream = torch._C._cuda_getCurrentRawStream(device.index)
-        for (run, head, nested, _), grid, take in self.steps:
-            if nested:
-                run(*grid, stream, *head, take(pool))
-            else:
-                run(*grid, stream, *head, *take(pool))
-        return results
+        for kinds, size, cells, steps in self.phases:
+            scratch = None  # that of the phase before makes room first
+            made = [empty(shape, stride, dtype=dtype, device=device) for shape, stride, dtype in kinds]
+            scratch = empty((size,), (1,), dtype=torch.int32, device=device) if size else None
+            kept += made
+            bases += [t.data_ptr() for t in made]
+            bases.append(0 if scratch is None else scratch.data_ptr())
+            pool += [bases[base] + offset for base, offset in cells]
+            for (run, head, nested, _), grid, take in steps:
+                if nested:
+                    run(*grid, stream, *head, take(pool))
+                else:
+                    run(*grid, stream, *head, *take(pool))
+        return tuple([kept[i] for i in self.results])
 
 
 class Call(NamedTuple):
@@ -172,31 +187,11 @@ class Recorder(TorchDispatchMode):
         owners = [self._whole(t) for t in results]
         if self._refused or None in owners or len(set(owners)) < len(owners):
             return None
-        bases = {(False, index): len(self._arguments) + i for i, index in enumerate(owners)}
-        bases |= {(True, i): i for i in range(len(self._arguments))}
-        offsets, workspace = pack(self._sizes, self._uses(set(owners)))
-        own = len(self._arguments) + len(owners)
-
-        def cell(p: _Place) -> tuple[int, int]:
-            base = bases.get((p.argument, p.index))
-            return (own, offsets[p.index] + p.offset) if base is None else (base, p.offset)
-
-        places = dict.fromkeys(x for step in self._steps for x in step.args if isinstance(x, _Place))
-        where = {p: i for i, p in enumerate(places)}
-        constants: list[Any] = []
-        steps = []
-        for bound, grid, args in self._steps:
-            at = []
-            for x in args:
-                if isinstance(x, _Place):
-                    at.append(where[x])
-                else:
-                    at.append(len(where) + len(constants))
-                    constants.append(x)
-            steps.append((bound, grid, itemgetter(*at)))
-        kinds = tuple((t.shape, t.dtype) for t in results)
-        cells = tuple(map(cell, places))
-        return Plan(self._device, kinds, workspace // 4, cells, tuple(constants), tuple(steps), tuple(self._hooks))
+        kinds = {owner: (t.shape, t.stride(), t.dtype) for owner, t in zip(owners, results, strict=True)}
+        writer = _Writer(len(self._arguments), self._steps, kinds)
+        phases = tuple([writer.phase(part) for part in divide(self._sizes, self._uses(), kinds, len(self._steps))])
+        order = tuple([writer.kept.index(owner) for owner in owners])
+        return Plan(self._device, tuple(writer.constants), phases, order, tuple(self._hooks))
 
     def _whole(self, t: Tensor) -> int | None:
         """The allocation that a result is, all of it and in order."""
@@ -205,14 +200,104 @@ class Recorder(TorchDispatchMode):
             return None
         return place.index if t.nbytes == self._sizes[place.index] else None
 
-    def _uses(self, results: set[int | None]) -> dict[int, tuple[int, int]]:
-        """Of every allocation that is no result, the first and the last launch that takes it."""
+    def _uses(self) -> dict[int, tuple[int, int]]:
+        """Of every allocation that a launch takes, the first and the last one that does."""
         uses: dict[int, tuple[int, int]] = {}
         for i, step in enumerate(self._steps):
             for x in step.args:
-                if isinstance(x, _Place) and not x.argument and x.index not in results:
+                if isinstance(x, _Place) and not x.argument:
                     uses[x.index] = (uses.get(x.index, (i, i))[0], i)
         return uses
+
+
+class _Buffers(NamedTuple):
+    """Offsets of allocations into one of this many bytes."""
+
+    offsets: dict[int, int]
+    size: int
+
+
+class _Part(NamedTuple):
+    """The allocations that launches [first, end) are the first to use. held, unlike scratch, is used later too."""
+
+    first: int
+    end: int
+    results: list[int]
+    held: _Buffers
+    scratch: _Buffers
+
+
+class _Writer:
+    """Writes a plan's phases, one after the other."""
+
+    def __init__(self, arguments: int, steps: list[_Step], kinds: dict[Any, _Kind]) -> None:
+        self.constants = [x for step in steps for x in step.args if not isinstance(x, _Place)]
+        self.kept: list[int | None] = []  # which allocation; None: several
+        self._steps, self._kinds = steps, kinds
+        self._bases = {(True, i): (i, 0) for i in range(arguments)}
+        self._next = arguments
+        self._addresses: dict[_Place, int] = {}  # where in the pool
+        self._numbers = iter(range(len(self.constants)))
+
+    def phase(self, part: _Part) -> Phase:
+        kept = [self._kinds[i] for i in part.results]
+        for i in part.results:
+            self._base({i: 0})
+        self.kept += part.results
+        if part.held.size:
+            kept.append(((part.held.size // 4,), (1,), torch.int32))
+            self._base(part.held.offsets)
+            self.kept.append(None)
+        self._base(part.scratch.offsets)
+        known = len(self._addresses)
+        steps = [
+            (bound, grid, itemgetter(*[self._position(x) for x in args]))
+            for bound, grid, args in self._steps[part.first : part.end]
+        ]
+        cells = tuple([self._cell(place) for place in [*self._addresses][known:]])
+        return Phase(tuple(kept), part.scratch.size // 4, cells, tuple(steps))
+
+    def _base(self, offsets: dict[int, int]) -> None:
+        """The next base, in which allocations lie at these offsets."""
+        self._bases |= {(False, i): (self._next, low) for i, low in offsets.items()}
+        self._next += 1
+
+    def _position(self, x: Any) -> int:
+        """Of an argument in the pool."""
+        if not isinstance(x, _Place):
+            return next(self._numbers)
+        return self._addresses.setdefault(x, len(self.constants) + len(self._addresses))
+
+    def _cell(self, place: _Place) -> tuple[int, int]:
+        base, low = self._bases[place.argument, place.index]
+        return base, low + place.offset
+
+
+def divide(sizes: Sequence[int], uses: dict[int, tuple[int, int]], results: Collection[Any], count: int) -> list[_Part]:
+    """The memory of ``count`` launches, in one part or in the two that together need least at a time."""
+    ways = [_parts(sizes, uses, results, cut, count) for cut in range(max(count, 1))]
+    return min(ways, key=lambda parts: _peak(parts, sizes) + WORTH * len(parts))
+
+
+def _parts(
+    sizes: Sequence[int], uses: dict[int, tuple[int, int]], results: Collection[Any], cut: int, count: int
+) -> list[_Part]:
+    parts = []
+    for first, end in ((0, cut), (cut, count)) if cut else ((0, count),):
+        own = {i: use for i, use in uses.items() if i not in results and first <= use[0] < end}
+        held = {i: use for i, use in own.items() if use[1] >= end}
+        scratch = {i: use for i, use in own.items() if use[1] < end}
+        begun = [i for i in results if first <= uses.get(i, (0, 0))[0] < max(end, 1)]
+        parts.append(_Part(first, end, begun, _Buffers(*pack(sizes, held)), _Buffers(*pack(sizes, scratch))))
+    return parts
+
+
+def _peak(parts: list[_Part], sizes: Sequence[int]) -> int:
+    kept = peak = 0
+    for part in parts:
+        kept += sum(_padded(sizes[i]) for i in part.results) + part.held.size
+        peak = max(peak, kept + part.scratch.size)
+    return peak
 
 
 def pack(sizes: Sequence[int], uses: dict[int, tuple[int, int]]) -> tuple[dict[int, int], int]:

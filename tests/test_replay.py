@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -91,6 +92,42 @@ def test_the_third_call_is_replayed(kernel):
         assert torch.equal(out, expected(x, y))
         assert kernel.ordinary == ordinary
     assert kernel.direct == 4
+
+
+def test_a_replay_frees_what_later_launches_do_not_need(kernel, monkeypatch):
+    """Scratch that the call drops before it allocates a result is gone in the replay too."""
+    wide, kept = 1 << 18, SIZE
+
+    def function(x, y):
+        early, held = x.new_empty(kept), x.new_empty(kept)
+        scratch = x.new_empty(wide)
+        mix(kernel, scratch, x, y)
+        mix(kernel, held, scratch, y)
+        mix(kernel, early, scratch, held)
+        del scratch
+        late = x.new_empty(wide)
+        mix(kernel, late, held, x)
+        return late, early
+
+    for seed in range(2):
+        run(function, tensors(2, seed), "stage")
+    alive, peak, empty = [], [0], torch.empty_strided
+
+    def watched(*args, **kwargs):
+        made = empty(*args, **kwargs)
+        alive.append(weakref.ref(made))
+        peak.append(sum(t.nbytes for t in (r() for r in alive) if t is not None))
+        return made
+
+    args = tensors(2, 9)
+    monkeypatch.setattr(torch, "empty_strided", watched)
+    got = run(function, args, "stage")
+    monkeypatch.undo()
+    assert kernel.direct == 4 and (wide + 2 * kept) * 8 <= max(peak) <= (wide + 4 * kept) * 8
+    assert [t.shape[0] for t in got] == [wide, kept]
+    held = ((args[0] + args[1]) * 3 + 1 + args[1]) * 3 + 1
+    assert torch.equal(got[0][:SIZE], (held + args[0]) * 3 + 1)
+    assert torch.equal(got[1], ((args[0] + args[1]) * 3 + 1 + held) * 3 + 1)
 
 
 def test_an_empty_view_has_an_address_in_its_buffer(kernel):
@@ -201,9 +238,9 @@ def test_an_error_while_recording_leaves_everything_in_order(kernel):
 PROGRAM = st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99), st.booleans(), st.integers(-3, 3)), max_size=12)
 
 
-@given(PROGRAM, st.integers(0, 3))
-@settings(max_examples=150, deadline=None)
-def test_any_program_of_launches(program, results):
+@given(PROGRAM, st.integers(0, 3), st.sampled_from([0, replay.WORTH]))
+@settings(max_examples=200, deadline=None)
+def test_any_program_of_launches(program, results, worth):
     """Buffers that are dropped at once, kept, or returned; each launch reads any two that are still there."""
     kernel = Mix()
 
@@ -222,6 +259,7 @@ def test_any_program_of_launches(program, results):
         patch.setattr(launcher, "bind", lambda k: launcher.Bound(k.by_address, (), False, k))
         patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
         patch.setattr(replay, "_capturing", lambda: False)
+        patch.setattr(replay, "WORTH", worth)
         replay.clear()
         for seed in range(4):
             args = tensors(2, seed)
