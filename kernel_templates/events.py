@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .filter import length
+
 PROBES: tl.constexpr = tl.constexpr(64)  # of one step of the search for a block's first events
 
 
@@ -114,10 +116,10 @@ def _until(sums_ptr, codes_ptr, time, first, count, LOG_PIECE: tl.constexpr):
 @triton.jit(do_not_specialize=["M", "K", "times", "fine_log", "few"])
 def events_kernel(
     us_ptr, order_ptr, ev_x_ptr, ev_t_ptr, place_ptr, minus_at_ptr, sums_ptr, codes_ptr, table_ptr, first_x_ptr,
-    first_rank_ptr, M, K, times, fine_log, few, LOG: tl.constexpr, SPAN: tl.constexpr, STEPS: tl.constexpr,
-    CHUNK_LOG: tl.constexpr, LOG_PIECE: tl.constexpr, TIMES: tl.constexpr, BLOCK: tl.constexpr,
+    first_rank_ptr, count_ptr, M, K, times, fine_log, few, LOG: tl.constexpr, SPAN: tl.constexpr, STEPS: tl.constexpr,
+    CHUNK_LOG: tl.constexpr, LOG_PIECE: tl.constexpr, TIMES: tl.constexpr, BLOCK: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
-    """One block of events (axis 0) of a row (axis 1).
+    """One block of events (axis 1) of a row (axis 0).
 
     In, [rows, M]: us float32, falling; order, their keys. Out: the events [rows, 2M], value int64 and 2 * key +
     is_minus int32; by key [rows, M]: rank << 32 + place of its plus event int64, place of its minus event int32; by
@@ -125,9 +127,12 @@ def events_kernel(
     [rows, times, 3, blocks]: signs, signed values and number of plus events, of the block's events of keys up to each
     time (first those before query K). Scratch: sums int64 and codes int32 [rows, 2M].
     """
-    block = tl.program_id(0)
-    blocks = tl.num_programs(0)
-    row = tl.program_id(1).to(tl.int64)
+    block = tl.program_id(1)
+    blocks = tl.num_programs(1)
+    row = tl.program_id(0).to(tl.int64)
+    m = length(count_ptr, row, M, COUNTED)
+    if block * SPAN >= 2 * m:
+        return
     us_ptr += row * M
     order_ptr += row * M
     ev_x_ptr += row * 2 * M
@@ -136,14 +141,14 @@ def events_kernel(
     minus_at_ptr += row * M
     sums_ptr += row * 2 * M
     codes_ptr += row * 2 * M
-    one = fixed_point(us_ptr, M, LOG)
-    ends = tl.minimum((block + tl.arange(0, 2)) * SPAN, 2 * M)
-    plus = _plus_before(us_ptr, M, ends, one, (LOG + 5) // 6)
+    one = fixed_point(us_ptr, m, LOG)
+    ends = tl.minimum((block + tl.arange(0, 2)) * SPAN, 2 * m)
+    plus = _plus_before(us_ptr, m, ends, one, (LOG + 5) // 6)
     is_first = tl.arange(0, 2) == 0
     begin = block * SPAN
     plus0 = tl.sum(tl.where(is_first, plus, 0), 0)
     plus1 = tl.sum(tl.where(is_first, 0, plus), 0)
-    count = tl.minimum(SPAN, 2 * M - begin)
+    count = tl.minimum(SPAN, 2 * m - begin)
     minus0 = begin - plus0
     minus1 = begin + count - plus1
     tl.store(first_rank_ptr + row * blocks + block, plus0)
@@ -167,7 +172,8 @@ def events_kernel(
         )
     tl.debug_barrier()
     table_ptr += row * times * 3 * blocks + block
-    for first in range(0, times, TIMES):
+    used = 1 + _time(m - 1, K, fine_log, few, CHUNK_LOG)
+    for first in range(0, used, TIMES):
         time = first + tl.arange(0, TIMES)
         signs = tl.zeros([TIMES], tl.int64)
         values = signs
@@ -178,6 +184,6 @@ def events_kernel(
             values += value
             pluses += more
         at = table_ptr + time.to(tl.int64) * 3 * blocks
-        tl.store(at, signs, mask=time < times)
-        tl.store(at + blocks, values, mask=time < times)
-        tl.store(at + 2 * blocks, pluses, mask=time < times)
+        tl.store(at, signs, mask=time < used)
+        tl.store(at + blocks, values, mask=time < used)
+        tl.store(at + 2 * blocks, pluses, mask=time < used)

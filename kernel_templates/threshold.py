@@ -1,11 +1,12 @@
 """Threshold: tau, expiry and the gate intervals of every key, for all prefixes of a row of scores.
 
-The scores are sorted once. ``F_t(x) = sum_{j <= t} clip(u_j - x, 0, 1)`` is piecewise linear in x with a breakpoint at
-``u_j`` (slope +1) and one at ``u_j - 1`` (slope -1): the events, in one merged descending order. F only grows with t
-(design fact 1), so every event value x has one crossing time, the first t with ``F_t(x) >= k`` (for ``u_j``: the key
-leaves the support) or ``> k`` (for ``u_j - 1``: it stops being saturated). An event counts from its key's birth until
-its crossing; sums of what counts, by time, give tau and the number of interior keys of every query. The same for
-ranks: key j is dropped once k better ones are born.
+Keys of long rows that no query can select are left out first (``filter``). The others are sorted once (``sort``).
+``F_t(x) = sum_{j <= t} clip(u_j - x, 0, 1)`` is piecewise linear in x with a breakpoint at ``u_j`` (slope +1) and one
+at ``u_j - 1`` (slope -1): the events, in one merged descending order. F only grows with t (design fact 1), so every
+event value x has one crossing time, the first t with ``F_t(x) >= k`` (for ``u_j``: the key leaves the support) or
+``> k`` (for ``u_j - 1``: it stops being saturated). An event counts from its key's birth until its crossing; sums of
+what counts, by time, give tau and the number of interior keys of every query. The same for ranks: key j is dropped
+once k better ones are born.
 
 Time is cut into stretches of CHUNK keys that are solved in parallel (``walk``): a table of sums by (stretch, block of
 events), made with the events (``events``), tells each which events can cross in it, and F at their edge. Every event
@@ -26,12 +27,15 @@ from .base import Choice, Config, Cost, Param, Pow2, Template, next_pow2
 REGISTERS = 128  # a thread of the walk: it waits for memory most of the time, so 16 warps an SM matter more
 PROGRAMS = 6144  # of one launch of the walk, each with scratch of its own
 RUNS = 4  # merged by one round: more would be searched for longer than two rounds take
-MERGED = 64  # more sorted runs than this cost more than torch.sort
-TIMES = 512  # whose sums a program of the events finds at once
+TIMES = 128  # whose sums a program of the events finds at once
 PIECE = 4096  # events that it sorts at once
 PARTS = 8  # of a stretch, that windows of events may skip
 PART = 64  # keys: shorter ones are walked over as fast
 FINE = 128  # keys of the first stretches
+FILTERED = 32768  # keys: of shorter rows leaving some out saves less than it takes
+MANY = 8  # times k: likewise
+BLOCK = 1024  # keys that a program leaves out or puts back
+SPAN = 256  # events of a block where keys were left out, unless that makes more than 512 blocks
 
 
 class Cuts(NamedTuple):
@@ -45,19 +49,39 @@ class Cuts(NamedTuple):
     blocks: int
 
 
+def filtered(m: int, k: int) -> bool:
+    """Whether keys that no query selects are left out first."""
+    return m >= max(FILTERED, MANY * k)
+
+
+def bounds(m: int, k: int) -> int:
+    """The number of prefixes of 2k << a keys, short of the row, that bound tau."""
+    return (-(-m // (2 * k)) - 1).bit_length()
+
+
+def left(m: int, k: int) -> int:
+    """About how many keys are left of m whose scores have no trend."""
+    return min(m, k * (4 + 3 * bounds(m, k)) // 2) if filtered(m, k) else m
+
+
 def cuts(m: int, k: int, chunk: int) -> Cuts:
     """At most 4096 + 512 stretches and 1024 blocks.
 
     Of scores without a trend the t-th is among the best k with a probability of k / t: so stretches that are as long
-    as ``chunk / fine`` times k is far get equally much to do.
+    as ``chunk / fine`` times k is far get equally much to do. Where keys were left out it is the same all along: fine
+    stretches up to where they end, and others for what is left where there is a trend.
     """
     chunk = max(chunk, next_pow2(-(-(m - k) // 4096)))
-    fine = min(chunk, FINE)
-    while (few := -(-min((chunk // fine - 1) * k, m - k) // fine)) > 512:
-        fine *= 2
-    stretches = few + max(0, -(-(m - k - few * fine) // chunk))
     log = (2 * m - 1).bit_length()
     span = 1 << max(1, log - min(10, max(0, log - 2) // 2))
+    fine = min(chunk, FINE)
+    if filtered(m, k):
+        few = min(-(-(left(m, k) - k) // fine), 512)
+        span = max(min(span, SPAN), 1 << max(0, log - 9))
+    else:
+        while (few := -(-min((chunk // fine - 1) * k, m - k) // fine)) > 512:
+            fine *= 2
+    stretches = few + max(0, -(-(m - k - few * fine) // chunk))
     return Cuts(chunk, fine, few, stretches, span, -(-2 * m // span))
 
 
@@ -68,11 +92,6 @@ def rounds(m: int, sort: int) -> list[int]:
         runs.append(sort)
         sort *= RUNS
     return runs
-
-
-def times(c: Cuts) -> int:
-    """The number of times whose sums a program of the events finds at once."""
-    return min(TIMES, next_pow2(1 + c.stretches))
 
 
 def parts(chunk: int) -> int:
@@ -86,24 +105,21 @@ def ring(config: Config) -> int:
 
 
 def _default(problem, device):
-    n, m = problem.n, problem.n - problem.w
+    n = problem.n
     chunk = next(size for most, size in ((8192, 64), (32768, 256), (262144, 512), (n, 1024)) if n <= most)
     return Config(
-        SORT=0 if m > 32768 else 1024,
+        SORT=1024,
         CHUNK=chunk,
-        WINDOW=128 if n <= 8192 else 256,
-        SCAN=512 if n <= 32768 else 1024,
-        sort_warps=4 if m > 32768 else 8,
+        WINDOW=128 if n <= 8192 or filtered(n - problem.w, problem.k) else 256,
+        SCAN=512,
+        sort_warps=8,
         walk_warps=2 if n <= 8192 else 4,
     )
 
 
 def _check(config, problem, device):
-    m = problem.n - problem.w
     sort, warps = config["SORT"], config["walk_warps"]
-    if sort and sort * MERGED < m:
-        return "too many runs to merge"
-    if sort and not 1 <= sort // (32 * config["sort_warps"]) <= 16:
+    if not 1 <= sort // (32 * config["sort_warps"]) <= 16:
         return "threads of the sort hold no key or too many"
     for name, most in (("WINDOW", 4), ("SCAN", 16), ("CHUNK", 8)):
         if not 1 <= config[name] // (32 * warps) <= most:
@@ -116,16 +132,22 @@ def _cost(config, problem):
     if m <= problem.k:
         return Cost(flops=0.0, bytes=20.0 * problem.rows * n)
     c = cuts(m, problem.k, config["CHUNK"])
+    launches = 3 + len(rounds(m, config["SORT"])) + 4 * filtered(m, problem.k)
+    stretches = c.stretches
+    if filtered(m, problem.k):  # what is left of scores without a trend
+        m = left(m, problem.k)
+        stretches = -(-m // c.fine)
     new = c.chunk * min(1.0, problem.k / n)  # keys of a stretch that matter
     window = config["WINDOW"]
     windows = -(-(c.span / 2 + 3 * new) // window)
-    walk = 2 * c.stretches * (windows * window * (100 + 8 * new) + 30 * (config["SCAN"] + c.span))
-    sort = m * (400.0 if config["SORT"] else 900.0)
+    walk = 2 * stretches * (windows * window * (100 + 8 * new) + 30 * (config["SCAN"] + c.span))
+    sort = 400.0 * m
     search = 60.0 * m * max(1, m.bit_length())
     # Read: the scores. Written and mostly read again: sorted scores and their keys, events and their sums, places by
     # key, the table, the results.
-    data = problem.rows * (n * 24.0 + m * 2 * (8 + 48 + 12) + 48.0 * (1 + c.stretches) * c.blocks)
-    launches = 3 + len(rounds(m, config["SORT"])) if config["SORT"] else 8
+    data = problem.rows * (
+        n * 24.0 + m * 2 * (8 + 48 + 12) + 48.0 * (1 + stretches) * min(c.blocks, -(-2 * m // c.span))
+    )
     return Cost(flops=problem.rows * (walk + sort + search), bytes=data, launches=launches)
 
 
@@ -133,15 +155,15 @@ TEMPLATE = Template(
     name="threshold",
     fields=frozenset({"k", "w", "n", "rows"}),
     space=(
-        Param("SORT", Choice((0, 1024, 2048, 4096))),  # scores per sorted run; 0: torch.sort
+        Param("SORT", Pow2(1024, 4096)),  # scores per sorted run
         Param("CHUNK", Pow2(64, 1024)),
         Param("WINDOW", Pow2(128, 1024)),
         Param("SCAN", Pow2(512, 4096)),
-        Param("sort_warps", Choice((4, 8, 16)), when=lambda chosen: chosen["SORT"] != 0),
+        Param("sort_warps", Choice((4, 8, 16))),
         Param("walk_warps", Choice((2, 4, 8))),
     ),
     default=_default,
     check=_check,
     cost=_cost,
-    sources=(__file__, *(str(Path(__file__).with_name(f"{name}.py")) for name in ("sort", "events", "walk"))),
+    sources=(__file__, *(str(Path(__file__).with_name(f"{name}.py")) for name in ("filter", "sort", "events", "walk"))),
 )

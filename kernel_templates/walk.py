@@ -13,23 +13,29 @@ import triton
 import triton.language as tl
 
 from .events import fixed_point, quantise
+from .filter import length
 
 KEYS: tl.constexpr = tl.constexpr(8)  # new keys between two looks at whether any event of a window still waits
 
 
 @triton.jit
-def _edges(table_ptr, first_x_ptr, first_rank_ptr, p, blocks, M, goal, limit, BLOCKS: tl.constexpr, SPAN: tl.constexpr,
+def _start(p, K, fine, few, C: tl.constexpr):
+    return K + tl.minimum(p, few) * fine + tl.maximum(p - few, 0) * C
+
+
+@triton.jit
+def _edges(table_ptr, first_x_ptr, first_rank_ptr, p, width, M, goal, limit, BLOCKS: tl.constexpr, SPAN: tl.constexpr,
            TAU: tl.constexpr):  # fmt: skip
     """Events [low, high) hold all that can cross in stretch p; sums over the events before low, of earlier keys."""
     b = tl.arange(0, BLOCKS)
+    blocks = tl.cdiv(2 * M, SPAN)
     inside = b < blocks
-    width = 3 * blocks
-    at = table_ptr + p * width + b
+    at = table_ptr + p * 3 * width + b
     if TAU:
         counts = tl.load(at, mask=inside, other=0)
-        totals = tl.load(at + blocks, mask=inside, other=0)
-        later = tl.load(at + width, mask=inside, other=0)
-        later_totals = tl.load(at + width + blocks, mask=inside, other=0)
+        totals = tl.load(at + width, mask=inside, other=0)
+        later = tl.load(at + 3 * width, mask=inside, other=0)
+        later_totals = tl.load(at + 4 * width, mask=inside, other=0)
         x = tl.load(first_x_ptr + b, mask=inside, other=0)
         before = tl.cumsum(counts, 0) - counts
         total = tl.cumsum(totals, 0) - totals
@@ -38,8 +44,8 @@ def _edges(table_ptr, first_x_ptr, first_rank_ptr, p, blocks, M, goal, limit, BL
         start = b * SPAN
         last = 2 * M
     else:
-        counts = tl.load(at + 2 * blocks, mask=inside, other=0)
-        later = tl.load(at + width + 2 * blocks, mask=inside, other=0)
+        counts = tl.load(at + 2 * width, mask=inside, other=0)
+        later = tl.load(at + 5 * width, mask=inside, other=0)
         start = tl.load(first_rank_ptr + b, mask=inside, other=0)
         before = tl.cumsum(counts, 0) - counts
         total = before
@@ -147,7 +153,7 @@ def _walk(
     few, one, BLOCKS: tl.constexpr, SPAN: tl.constexpr, C: tl.constexpr, WINDOW: tl.constexpr, SCAN: tl.constexpr,
     RING: tl.constexpr, SUBS: tl.constexpr, TAU: tl.constexpr,
 ):  # fmt: skip
-    c0 = K + tl.minimum(p, few) * fine + tl.maximum(p - few, 0) * C
+    c0 = _start(p, K, fine, few, C)
     c1 = tl.minimum(c0 + tl.where(p < few, fine, C), M)
     goal = K.to(tl.int64) * one
     limit = goal
@@ -315,9 +321,10 @@ def _finish(
 @triton.jit(do_not_specialize=["K", "M", "N", "shift", "fine", "few", "blocks", "stretches", "first"])
 def walk_kernel(
     scores_ptr, table_ptr, first_x_ptr, first_rank_ptr, us_ptr, ev_x_ptr, ev_t_ptr, order_ptr, place_ptr, minus_at_ptr,
-    ring_ptr, new_t_ptr, new_x_ptr, change_ptr, tau_ptr, interior_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, first,
-    stretches, blocks, M, N, shift, K, fine, few, LOG: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr,
+    ring_ptr, new_t_ptr, new_x_ptr, change_ptr, tau_ptr, interior_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, count_ptr,
+    first, stretches, blocks, M, N, shift, K, fine, few, LOG: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr,
     C: tl.constexpr, WINDOW: tl.constexpr, SCAN: tl.constexpr, RING: tl.constexpr, SUBS: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):  # fmt: skip
     """The results of a stretch of queries and of the keys that change in it, for tau (axis 0 even) or ranks (odd).
 
@@ -327,6 +334,9 @@ def walk_kernel(
     """
     row = tl.program_id(0).to(tl.int64) // 2
     p = first + tl.program_id(1)
+    m = length(count_ptr, row, M, COUNTED)
+    if _start(p, K, fine, few, C) >= m:
+        return
     task = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     table_ptr += row * (stretches + 1) * 3 * blocks
     first_x_ptr += row * blocks
@@ -338,11 +348,11 @@ def walk_kernel(
     new_t_ptr += task * C
     new_x_ptr += task * C
     if tl.program_id(0) % 2 == 0:
-        one = fixed_point(us_ptr + row * M, M, LOG)
+        one = fixed_point(us_ptr + row * M, m, LOG)
         _walk(
             table_ptr, first_x_ptr, first_rank_ptr, ev_x_ptr + row * 2 * M, ev_t_ptr + row * 2 * M, scores_ptr,
             place_ptr, minus_at_ptr, ring_ptr, new_t_ptr, new_x_ptr, change_ptr + task * 2 * C, tau_ptr + row * N,
-            interior_ptr + row * N, sup_end_ptr + row * N, sat_end_ptr + row * N, p, blocks, M, K, shift, fine, few,
+            interior_ptr + row * N, sup_end_ptr + row * N, sat_end_ptr + row * N, p, blocks, m, K, shift, fine, few,
             one, BLOCKS, SPAN, C, WINDOW, SCAN, RING, SUBS, True,
         )  # fmt: skip
     else:
@@ -350,5 +360,5 @@ def walk_kernel(
         _walk(
             table_ptr, first_x_ptr, first_rank_ptr, ev_x_ptr, order_ptr + row * M, scores_ptr, place_ptr, minus_at_ptr,
             ring_ptr, new_t_ptr, new_x_ptr, change_ptr, tau_ptr, interior_ptr, expiry_ptr + row * N, expiry_ptr, p,
-            blocks, M, K, shift, fine, few, one, BLOCKS, SPAN, C, WINDOW, SCAN, RING, SUBS, False,
+            blocks, m, K, shift, fine, few, one, BLOCKS, SPAN, C, WINDOW, SCAN, RING, SUBS, False,
         )  # fmt: skip

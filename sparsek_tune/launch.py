@@ -18,6 +18,7 @@ from . import launcher
 from .kernel_templates import dkv as dkv_t
 from .kernel_templates import dq as dq_t
 from .kernel_templates import events as events_t
+from .kernel_templates import filter as filter_t
 from .kernel_templates import forward as forward_t
 from .kernel_templates import schedule as schedule_t
 from .kernel_templates import sort as sort_t
@@ -97,12 +98,51 @@ def threshold(scores: Tensor, k: int, window: int, config: Config) -> Selection:
     rows, m = scores.shape[0] * scores.shape[1], n - window
     expiry, sat_end, sup_end, interior = (scores.new_empty(scores.shape, dtype=torch.int32) for _ in range(4))
     tau = scores.new_empty(scores.shape)
-    initial = (tau, expiry, sat_end, sup_end, interior)
+    results = Selection(tau, expiry, sat_end, sup_end, interior)
     if m <= k:
-        _run(sort_t.prepare_kernel, (_cdiv(n, 1024), rows), *initial, n, BLOCK=1024, num_warps=4)
-        return Selection(tau, expiry, sat_end, sup_end, interior)
-    cuts = threshold_t.cuts(m, k, config["CHUNK"])
-    chunk, fine, few, stretches, span, blocks = cuts
+        _run(sort_t.prepare_kernel, (_cdiv(n, 1024), rows), *results, n, BLOCK=1024, num_warps=4)
+    elif threshold_t.filtered(m, k):
+        _filtered_threshold(scores, results, rows, n, m, k, window, config)
+    else:
+        _threshold(scores, None, results, rows, n, m, k, window, config)
+    return results
+
+
+def _filtered_threshold(
+    scores: Tensor, results: Selection, rows: int, n: int, m: int, k: int, window: int, config: Config
+) -> None:
+    """The threshold of the keys that the filter leaves, as rows of their own with room for all, and back."""
+    bounds, block = threshold_t.bounds(m, k), threshold_t.BLOCK
+    blocks = _cdiv(m, block)
+    left, tau, lowest = _carve(scores, torch.float32, rows * m, rows * m, rows * bounds * filter_t.PARTS.value)
+    key, index, expiry, sat_end, sup_end, interior, counts, count = _carve(
+        scores, torch.int32, *6 * [rows * m], rows * blocks, rows
+    )
+    _run(
+        filter_t.bounds_kernel, (filter_t.PARTS.value, bounds, rows),
+        scores, lowest, n, k, BLOCK=8 * block, num_warps=32,
+    )  # fmt: skip
+    rest = (n, m, k, bounds)
+    _run(filter_t.count_kernel, (blocks, rows), scores, lowest, counts, *rest, BLOCK=block, num_warps=4)
+    _run(
+        filter_t.compact_kernel, (blocks, rows),
+        scores, lowest, counts, left, key, index, count, *rest, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    solved = Selection(tau, expiry, sat_end, sup_end, interior)
+    _threshold(left, count, solved, rows, m, m, k, 0, config)
+    _run(
+        filter_t.expand_kernel, (_cdiv(n, block), rows),
+        key, index, count, *solved, *results, n, m, k, window, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+
+
+def _threshold(
+    scores: Tensor, count: Tensor | None, results: Selection, rows: int, n: int, m: int, k: int, window: int,
+    config: Config,
+) -> None:  # fmt: skip
+    """The threshold of rows of m of n scores; of as many as ``count`` says, with room for m, where there is one."""
+    tau, expiry, sat_end, sup_end, interior = results
+    chunk, fine, few, stretches, span, blocks = threshold_t.cuts(m, k, config["CHUNK"])
     walks = _cdiv(stretches, max(1, threshold_t.PROGRAMS // (2 * rows)))
     programs = _cdiv(stretches, walks)
     sort, ring, tasks = config["SORT"], threshold_t.ring(config), 2 * rows * programs
@@ -114,41 +154,38 @@ def threshold(scores: Tensor, k: int, window: int, config: Config) -> Selection:
         scores, torch.int32, *2 * [rows * 2 * m], rows * m, rows * blocks, tasks * ring, tasks * chunk, *4 * [rows * m]
     )  # fmt: skip
     us, other_us = us.view(torch.float32), other_us.view(torch.float32)
-    if sort and m <= sort * threshold_t.MERGED:
+    counted = count is not None
+    size = count if counted else expiry
+    _run(
+        sort_t.sort_kernel, (_cdiv(m, sort) * rows,),
+        scores, size, us, order, *results, n, m, rows, SORT=sort, COUNTED=counted, num_warps=config["sort_warps"],
+    )  # fmt: skip
+    for run in threshold_t.rounds(m, sort):
+        block = min(run, 256)
         _run(
-            sort_t.sort_kernel, (_cdiv(m, sort), rows),
-            scores, us, order, *initial, n, m, SORT=sort, num_warps=config["sort_warps"],
+            sort_t.merge_kernel, (_cdiv(m, block) * rows,),
+            us, order, other_us, other_order, size, m, rows, LOG_RUN=run.bit_length() - 1, RUNS=threshold_t.RUNS,
+            BLOCK=block, COUNTED=counted, num_warps=4,
         )  # fmt: skip
-        for run in threshold_t.rounds(m, sort):
-            block = min(run, 256)
-            _run(
-                sort_t.merge_kernel, (_cdiv(m, block), rows),
-                us, order, other_us, other_order, m, LOG_RUN=run.bit_length() - 1, RUNS=threshold_t.RUNS, BLOCK=block,
-                num_warps=4,
-            )  # fmt: skip
-            us, order, other_us, other_order = other_us, other_order, us, order
-    else:
-        _run(sort_t.prepare_kernel, (_cdiv(n, 1024), rows), *initial, n, BLOCK=1024, num_warps=4)
-        # Adding zero makes -0.0 and 0.0 one value for the sort too.
-        us, order = torch.sort(scores.reshape(rows, n)[:, :m] + 0.0, dim=1, descending=True, stable=True)
+        us, order, other_us, other_order = other_us, other_order, us, order
     log = (2 * m).bit_length()
     piece = min(span, threshold_t.PIECE)
     _run(
-        events_t.events_kernel, (blocks, rows),
-        us, order, events, codes, places, minus_at, sums, sorted_codes, table, first_x, first_rank, m, k,
+        events_t.events_kernel, (rows, blocks),
+        us, order, events, codes, places, minus_at, sums, sorted_codes, table, first_x, first_rank, size, m, k,
         1 + stretches, fine.bit_length() - 1, few, LOG=log, SPAN=span, STEPS=span.bit_length(),
-        CHUNK_LOG=chunk.bit_length() - 1, LOG_PIECE=piece.bit_length() - 1, TIMES=threshold_t.times(cuts),
-        BLOCK=min(512, span), num_warps=8 if piece > 512 else 4,
+        CHUNK_LOG=chunk.bit_length() - 1, LOG_PIECE=piece.bit_length() - 1, TIMES=threshold_t.TIMES,
+        BLOCK=min(512, span), COUNTED=counted, num_warps=8 if piece > 512 else 4,
     )  # fmt: skip
     for first in range(0, stretches, programs):
         _run(
             walk_t.walk_kernel, (2 * rows, min(programs, stretches - first)),
             scores, table, first_x, first_rank, us, events, codes, order, places, minus_at, rings, new_t, new_x, change,
-            tau, interior, expiry, sat_end, sup_end, first, stretches, blocks, m, n, window, k, fine, few, LOG=log,
-            BLOCKS=next_pow2(blocks), SPAN=span, C=chunk, WINDOW=config["WINDOW"], SCAN=config["SCAN"], RING=ring,
-            SUBS=threshold_t.parts(chunk), num_warps=config["walk_warps"], maxnreg=threshold_t.REGISTERS,
+            tau, interior, expiry, sat_end, sup_end, size, first, stretches, blocks, m, n, window, k, fine, few,
+            LOG=log, BLOCKS=next_pow2(blocks), SPAN=span, C=chunk, WINDOW=config["WINDOW"], SCAN=config["SCAN"],
+            RING=ring, SUBS=threshold_t.parts(chunk), COUNTED=counted, num_warps=config["walk_warps"],
+            maxnreg=threshold_t.REGISTERS,
         )  # fmt: skip
-    return Selection(tau, expiry, sat_end, sup_end, interior)
 
 
 def schedule(scores: Tensor, selection: Selection, k: int, window: int, config: Config) -> Schedule | None:

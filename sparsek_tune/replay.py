@@ -187,7 +187,7 @@ class Recorder(TorchDispatchMode):
         owners = [self._whole(t) for t in results]
         if self._refused or None in owners or len(set(owners)) < len(owners):
             return None
-        kinds = {owner: (t.shape, t.stride(), t.dtype) for owner, t in zip(owners, results, strict=True)}
+        kinds: dict[Any, _Kind] = {o: (t.shape, t.stride(), t.dtype) for o, t in zip(owners, results, strict=True)}
         writer = _Writer(len(self._arguments), self._steps, kinds)
         phases = tuple([writer.phase(part) for part in divide(self._sizes, self._uses(), kinds, len(self._steps))])
         order = tuple([writer.kept.index(owner) for owner in owners])

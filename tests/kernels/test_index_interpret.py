@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ SCORES = {
 # Several sorted chunks, stretches of two lengths, blocks of the table, scans and windows of the ring.
 SMALL = Config(SORT=32, CHUNK=16, WINDOW=32, SCAN=16, sort_warps=1, walk_warps=1)
 OTHERS = [
-    Config({**SMALL, "SORT": 0, "CHUNK": 64, "WINDOW": 16}),  # torch.sort; windows that an event range fills often
+    Config({**SMALL, "SORT": 64, "CHUNK": 64, "WINDOW": 16}),  # windows that an event range fills often
     Config({**SMALL, "SORT": 128, "SCAN": 64, "WINDOW": 16}),  # more is scanned at once than a window takes
     Config({**SMALL, "SORT": 4, "CHUNK": 32, "WINDOW": 128}),  # three rounds of merging
 ]
@@ -51,16 +52,53 @@ def short_stretches(monkeypatch):
     monkeypatch.setattr(threshold, "FINE", 4)
 
 
-@pytest.mark.parametrize("kind", SCORES)
-@pytest.mark.parametrize(("n", "k", "w", "rows"), [(110, 9, 7, 2), (100, 60, 0, 1)])
-def test_selection(kind, n, k, w, rows, short_stretches):
+@pytest.fixture
+def filtering(monkeypatch):
+    """Rows from 32 keys on leave keys out, in several blocks."""
+    monkeypatch.setattr(threshold, "FILTERED", 32)
+    monkeypatch.setattr(threshold, "MANY", 3)
+    monkeypatch.setattr(threshold, "BLOCK", 16)
+
+
+def check_selection(kind, n, k, w, rows, config):
     u = make_scores(kind, n, rows)
-    got, expected = launch.threshold(u, k, w, SMALL), reference.select(u.double(), k, w)
+    got, expected = launch.threshold(u, k, w, config), reference.select(u.double(), k, w)
     assert torch.equal(got.expiry, expected.expiry)
     expected = reference.select(u.double().clamp(-LIMIT, LIMIT), k, w)
     torch.testing.assert_close(got.tau.double(), expected.tau, rtol=1e-6, atol=1e-6)
     for name in ("sat_end", "sup_end", "interior"):
         assert torch.equal(getattr(got, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("kind", SCORES)
+@pytest.mark.parametrize(("n", "k", "w", "rows"), [(110, 9, 7, 2), (100, 60, 0, 1)])
+def test_selection(kind, n, k, w, rows, short_stretches):
+    assert not threshold.filtered(n - w, k)
+    check_selection(kind, n, k, w, rows, SMALL)
+
+
+@pytest.mark.parametrize("kind", SCORES)
+@pytest.mark.parametrize(("n", "k", "w", "rows", "config"), [(150, 5, 7, 2, 0), (97, 16, 0, 1, 1), (128, 1, 33, 1, 2)])
+def test_selection_of_filtered_rows(kind, n, k, w, rows, config, short_stretches, filtering):
+    assert threshold.filtered(n - w, k)
+    check_selection(kind, n, k, w, rows, (SMALL, *OTHERS)[config])
+
+
+@pytest.mark.parametrize("kind", SCORES)
+def test_the_filter_leaves_out_most_and_nothing_that_counts(kind, filtering):
+    k, n = 4, 200
+    u = make_scores(kind, n, 2)
+    with mock.patch.object(launch, "_threshold", wraps=launch._threshold) as solve:
+        launch.threshold(u, k, 0, SMALL)
+    counts = solve.call_args.args[1][:2].tolist()
+    expected = reference.select(u.double().clamp(-LIMIT, LIMIT), k, 0)
+    at = torch.arange(n)
+    matter = ((expected.sup_end > at) | (expected.expiry > at)).sum(-1).flatten().tolist()
+    assert all(count >= some for count, some in zip(counts, matter, strict=True))
+    if kind in ("random", "falling", "minus infinity"):
+        assert max(counts) < n // 2
+    if kind in ("rising", "steep"):
+        assert min(counts) == n
 
 
 @pytest.mark.parametrize("k", [1, 93, 94, 95, 200])
@@ -73,22 +111,16 @@ def test_budgets_around_the_number_of_candidates(k):
 
 @pytest.mark.parametrize("kind", ["random", "ties", "rising", "all dropped at once"])
 @pytest.mark.parametrize("parts", [False, True])
-def test_results_do_not_depend_on_the_config(kind, parts, short_stretches, monkeypatch):
+@pytest.mark.parametrize("k", [9, 40])  # filtered and not
+def test_results_do_not_depend_on_the_config(kind, parts, k, short_stretches, filtering, monkeypatch):
     if parts:
         monkeypatch.setattr(threshold, "PROGRAMS", 6)  # several launches of the walk
         monkeypatch.setattr(threshold, "PART", 2)
         monkeypatch.setattr(threshold, "TIMES", 4)  # the events' programs find several one after the other
         monkeypatch.setattr(threshold, "PIECE", 4)  # of which they sort several
     u = make_scores(kind, 90)
-    results = [launch.threshold(u, 9, 5, config) for config in (SMALL, *OTHERS)]
+    results = [launch.threshold(u, k, 5, config) for config in (SMALL, *OTHERS)]
     assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other, strict=True))
-
-
-def test_too_many_runs_are_sorted_by_torch(monkeypatch):
-    u = make_scores("random", 90)
-    expected = launch.threshold(u, 9, 5, SMALL)
-    monkeypatch.setattr(threshold, "MERGED", 2)
-    assert all(torch.equal(x, y) for x, y in zip(launch.threshold(u, 9, 5, SMALL), expected, strict=True))
 
 
 @pytest.mark.parametrize("m", [2, 3, 100, 8192, 1 << 20, 1 << 29])
@@ -100,6 +132,7 @@ def test_cuts_cover_the_row_and_stay_bounded(m, budget, chunk):
     assert c.few * c.fine + (c.stretches - c.few) * c.chunk >= m - k
     assert c.fine * max(0, c.few - 1) + c.chunk * max(0, c.stretches - c.few - 1) < m - k  # none is empty
     assert (c.blocks - 1) * c.span < 2 * m <= c.blocks * c.span
+    assert 2 * k << max(0, threshold.bounds(m, k) - 1) < max(m, 2 * k + 1) and 2 * k << threshold.bounds(m, k) >= m
     assert c.blocks <= 1024 and c.stretches <= 4096 + 512
 
 
