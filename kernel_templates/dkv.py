@@ -2,7 +2,7 @@
 
 A program owns BN entries of one segment's list and walks the segment's queries; nothing is added atomically, so the
 result is the same bit for bit on every run. The reduction walks the segments of each key in order and finds the key's
-entry in each: by ``stop`` where it was born, by ``start`` where it was dropped, by bisection (parts 2 and 3 of a list
+entry in each: by ``stop`` where it was born, by ``start`` where it was dropped, by a search (parts 2 and 3 of a list
 are ordered by position) in between. The tau term of a score's gradient is a difference of one prefix sum of gbar
 (design fact 3).
 """
@@ -31,6 +31,7 @@ from .tiles import (
 from .tiles import __file__ as tiles_file
 
 CHUNK = 1024  # of the prefix sums of gbar
+PROBES: tl.constexpr = tl.constexpr(32)  # of one step of the search for a key's entry
 
 
 PLAIN = tl.constexpr(0)  # every key of the tile is seen by every query, with a gate of 1
@@ -223,13 +224,16 @@ def _prefix(sum_ptr, offset_ptr, at, mask, BLOCK: tl.constexpr):
 
 @triton.jit
 def _find(list_ptr, lo, hi, j, todo, STEPS: tl.constexpr):
-    """Where j stands in the ascending entries [lo, hi) of a list."""
-    for _ in range(STEPS):
-        mid = (lo + hi) // 2
-        open_ = todo & (lo < hi)
-        less = tl.load(list_ptr + mid, mask=open_, other=0) < j
-        lo = tl.where(open_ & less, mid + 1, lo)
-        hi = tl.where(open_ & ~less, mid, hi)
+    """Where j stands in the ascending entries [lo, hi) of a list, PROBES ** STEPS at most. Each step waits for memory
+    once, whatever the number of its probes, most of which are those of the neighbours' too."""
+    probe = tl.arange(0, PROBES)[None, :]
+    for _ in tl.static_range(STEPS):
+        stride = (hi - lo + PROBES - 1) // PROBES
+        at = lo[:, None] + (probe + 1) * stride[:, None] - 1
+        inside = todo[:, None] & (at < hi[:, None])
+        less = inside & (tl.load(list_ptr + at, mask=inside, other=0) < j[:, None])
+        lo += tl.sum(less.to(tl.int32), 1) * stride
+        hi = tl.minimum(lo + stride, hi)
     return lo
 
 
@@ -312,6 +316,14 @@ def _cost(config, problem):
     token = problem.rows * problem.n * problem.d * (2 * problem.g + 4) * DTYPE_BYTES[problem.dtype]
     partials = problem.rows * problem.n * problem.d * 8.0 * (1 + min(problem.k, problem.n) / 1024)
     return Cost(flops=8.0 * problem.d * rows * slow, bytes=token + gathered + 2 * partials, launches=3)
+
+
+def search_steps(entries: int) -> int:
+    """Of a search among that many."""
+    steps = 0
+    while PROBES.value**steps < entries:
+        steps += 1
+    return steps
 
 
 TEMPLATE = Template(

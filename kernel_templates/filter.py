@@ -1,8 +1,9 @@
 """The filter of ``threshold``: keys that no query selects are left out before anything is sorted.
 
 tau never falls. So where ``F(x) >= k`` for some prefix, x is a lower bound of every later tau, and a key born later
-with ``u <= x`` is dropped at its birth: at least k keys are above x, and the gate is 0. Bounds are found for prefixes
-of 2k, 4k, 8k, ... keys. Of scores without a trend about 1.3k keys are left between one and the next.
+with ``u <= x`` is dropped at its birth: at least k keys are above x, and the gate is 0. It is enough that part of the
+prefix has ``F(x) >= k``. Bounds are found for prefixes of 2k, 4k, 8k, ... keys: of scores without a trend about 1.3k
+keys are left between one and the next. And, for scores that rise, from what was born lately, all along the row.
 
 What is left is a shorter row, of which the threshold is solved as of any other, with every key's place in it for its
 time; ``expand_kernel`` puts the results back. Nothing that it leaves out ever counts: the results are the same.
@@ -14,7 +15,10 @@ import triton
 import triton.language as tl
 
 FAR: tl.constexpr = tl.constexpr(4194304.0)  # more than any two clamped scores are apart
-STEPS: tl.constexpr = tl.constexpr(7)  # of bisection: each key left too many costs little
+LATELY: tl.constexpr = tl.constexpr(4)  # strides that count as lately: fewer have no k above a good bound
+POINTS: tl.constexpr = tl.constexpr(4)  # at which a pass over a prefix finds F: as long as at one of them
+REACH: tl.constexpr = tl.constexpr(2**4)  # twice as far as the last point, each twice as far as the one before
+STEPS: tl.constexpr = tl.constexpr(3)  # of search between them: each key left too many costs little
 SLACK: tl.constexpr = tl.constexpr(1.015625)  # of F, above what float32 and fixed point may be off
 PARTS: tl.constexpr = tl.constexpr(4)  # of a prefix, each looked into by a program of its own
 
@@ -34,74 +38,98 @@ def length(count_ptr, row, M, COUNTED: tl.constexpr):
 
 
 @triton.jit
-def _mass(scores_ptr, x, first, end, BLOCK: tl.constexpr):
-    """F(x) of scores [first, end), up to rounding."""
+def before(counts_ptr, block, BLOCK: tl.constexpr):
+    """The sum of the first ``block`` counts."""
     at = tl.arange(0, BLOCK)
-    mass = tl.zeros([BLOCK], tl.float32)
+    sums = tl.zeros([BLOCK], tl.int32)
+    for i in range(0, block, BLOCK):
+        sums += tl.load(counts_ptr + i + at, mask=i + at < block, other=0)
+    return tl.sum(sums, 0)
+
+
+@triton.jit
+def _enough(scores_ptr, x, first, end, goal, BLOCK: tl.constexpr):
+    """Whether F of scores [first, end) reaches the goal at each of x [POINTS], up to rounding."""
+    at = tl.arange(0, BLOCK)[:, None]
+    mass = tl.zeros([BLOCK, POINTS], tl.float32)
     for i in range(first, end, BLOCK):
         inside = i + at < end
         u = _clamp(tl.load(scores_ptr + i + at, mask=inside, other=0.0))
-        mass += tl.where(inside, tl.minimum(tl.maximum(u - x, 0.0), 1.0), 0.0)
-    return tl.sum(mass, 0)
+        mass += tl.where(inside, tl.minimum(tl.maximum(u - x[None, :], 0.0), 1.0), 0.0)
+    return tl.sum(mass, 0) >= goal
 
 
-@triton.jit(do_not_specialize=["K"])
-def bounds_kernel(scores_ptr, bounds_ptr, N, K, BLOCK: tl.constexpr):
-    """Lower bounds of tau after the first 2K << a keys, a on axis 1: float32 [rows, bounds, PARTS], scores [rows, N].
+@triton.jit(do_not_specialize=["K", "bounds", "stride"])
+def bounds_kernel(scores_ptr, bounds_ptr, N, K, bounds, stride, BLOCK: tl.constexpr):
+    """Lower bounds of tau, of scores [rows, N]: float32 [rows, bounds * PARTS + recent], axis 0 by axis 1.
 
-    The least of an a's is one: where each part of a prefix has its part of K above its own x, all have K above the
-    least x. One program for all parts would take longer than the few keys cost that this leaves too many.
+    First, for each a, PARTS of which the least is a bound after the first 2K << a keys: where each part of a prefix
+    has its part of K above its own x, all have K above the least x. One program for all parts would take longer than
+    the few keys cost that this leaves too many. Then, for each i, the bound that LATELY * stride keys from i * stride
+    on make.
     """
-    row = tl.program_id(2).to(tl.int64)
-    a = tl.program_id(1)
-    part = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    which = tl.program_id(0)
     scores_ptr += row * N
-    first = ((2 * K << a).to(tl.int64) * part // PARTS).to(tl.int32)
-    end = ((2 * K << a).to(tl.int64) * (part + 1) // PARTS).to(tl.int32)
-    goal = K.to(tl.float32) * (SLACK / PARTS)
+    if which < bounds * PARTS:
+        size = (2 * K << (which // PARTS)).to(tl.int64)
+        first = (size * (which % PARTS) // PARTS).to(tl.int32)
+        end = (size * (which % PARTS + 1) // PARTS).to(tl.int32)
+        goal = K.to(tl.float32) * (SLACK / PARTS)
+    else:
+        first = (which - bounds * PARTS) * stride
+        end = first + LATELY * stride
+        goal = K.to(tl.float32) * SLACK
     at = tl.arange(0, BLOCK)
     most = tl.full([BLOCK], -1048576.0, tl.float32)
     for i in range(first, end, BLOCK):
         most = tl.maximum(most, _clamp(tl.load(scores_ptr + i + at, mask=i + at < end, other=-1048576.0)))
     top = tl.max(most, 0)
+    point = tl.arange(0, POINTS)
+    low = top - 2 * FAR
+    high = top
     gap = top * 0 + 1
-    while (gap < FAR) & (_mass(scores_ptr, top - gap, first, end, BLOCK) < goal):
-        gap *= 2
-    low = top - gap
-    high = tl.where(gap > 1, top - gap / 2, top)
+    while (gap < FAR) & (low < top - FAR):
+        x = top - gap * (1 << point).to(tl.float32)
+        enough = _enough(scores_ptr, x, first, end, goal, BLOCK)
+        low = tl.maximum(low, tl.max(tl.where(enough, x, low), 0))
+        high = tl.minimum(high, tl.min(tl.where(enough, high, x), 0))
+        gap *= REACH
     for _ in range(STEPS):
-        middle = (low + high) / 2
-        enough = _mass(scores_ptr, middle, first, end, BLOCK) >= goal
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle)
-    tl.store(bounds_ptr + (row * tl.num_programs(1) + a) * PARTS + part, low)
+        x = low + (high - low) * ((point + 1).to(tl.float32) / (POINTS + 1))
+        enough = _enough(scores_ptr, x, first, end, goal, BLOCK)
+        low = tl.maximum(low, tl.max(tl.where(enough, x, low), 0))
+        high = tl.minimum(high, tl.min(tl.where(enough, high, x), 0))
+    tl.store(bounds_ptr + row * tl.num_programs(0) + which, low)
 
 
 @triton.jit
-def _kept(scores_ptr, bounds_ptr, t, K, M, bounds):
+def _kept(scores_ptr, bounds_ptr, t, K, M, bounds, stride):
     """Scores of keys t, and which of them the bounds leave."""
     inside = t < M
     u = tl.load(scores_ptr + t, mask=inside, other=0.0)
-    bound = tl.zeros_like(u) - FAR
+    recent = t // stride - LATELY
+    bound = tl.load(bounds_ptr + bounds * PARTS + recent, mask=inside & (recent >= 0), other=-FAR)
     for a in range(bounds):
         lowest = tl.min(tl.load(bounds_ptr + a * PARTS + tl.arange(0, PARTS)), 0)
         bound = tl.maximum(bound, tl.where(t >= (2 * K << a), lowest, bound))
     return u, inside & ~(_clamp(u) <= bound)
 
 
-@triton.jit(do_not_specialize=["K", "M", "bounds"])
-def count_kernel(scores_ptr, bounds_ptr, counts_ptr, N, M, K, bounds, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["K", "M", "bounds", "stride", "total"])
+def count_kernel(scores_ptr, bounds_ptr, counts_ptr, N, M, K, bounds, stride, total, BLOCK: tl.constexpr):
     """How many keys are left of each block: int32 [rows, blocks]."""
     row = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    _, kept = _kept(scores_ptr + row * N, bounds_ptr + row * bounds * PARTS, t, K, M, bounds)
+    _, kept = _kept(scores_ptr + row * N, bounds_ptr + row * total, t, K, M, bounds, stride)
     tl.store(counts_ptr + row * tl.num_programs(0) + tl.program_id(0), tl.sum(kept.to(tl.int32), 0))
 
 
-@triton.jit(do_not_specialize=["K", "M", "bounds"])
+@triton.jit(do_not_specialize=["K", "M", "bounds", "stride", "total"])
 def compact_kernel(
-    scores_ptr, bounds_ptr, counts_ptr, left_ptr, key_ptr, index_ptr, count_ptr, N, M, K, bounds, BLOCK: tl.constexpr
-):
+    scores_ptr, bounds_ptr, counts_ptr, left_ptr, key_ptr, index_ptr, count_ptr, N, M, K, bounds, stride, total,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """The keys that are left, by position.
 
     Out: their scores float32 and positions int32 [rows, M], their number int32 [rows]; index int32 [rows, M]: of every
@@ -110,13 +138,9 @@ def compact_kernel(
     row = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0)
     at = tl.arange(0, BLOCK)
-    counts_ptr += row * tl.num_programs(0)
-    before = tl.zeros([BLOCK], tl.int32)
-    for i in range(0, block, BLOCK):
-        before += tl.load(counts_ptr + i + at, mask=i + at < block, other=0)
     t = block * BLOCK + at
-    u, kept = _kept(scores_ptr + row * N, bounds_ptr + row * bounds * PARTS, t, K, M, bounds)
-    upto = tl.sum(before, 0) + tl.cumsum(kept.to(tl.int32), 0)
+    u, kept = _kept(scores_ptr + row * N, bounds_ptr + row * total, t, K, M, bounds, stride)
+    upto = before(counts_ptr + row * tl.num_programs(0), block, BLOCK) + tl.cumsum(kept.to(tl.int32), 0)
     tl.store(left_ptr + row * M + upto - 1, u, mask=kept)
     tl.store(key_ptr + row * M + upto - 1, t, mask=kept)
     tl.store(index_ptr + row * M + t, tl.where(kept, upto, -upto), mask=t < M)

@@ -8,8 +8,9 @@ A segment's list holds, one after the other:
   5. those born and dropped inside it, by position.
 A tile of queries reads a contiguous range, from the first key of part 1 that is still alive to the last of part 4 born,
 and part 5 up to the last born. Parts 1 to 3 come from the keys alive at the segment's start, found level by level: a
-node's alive keys are its parent's that live on, and those born since. Part 1 is sorted by scattering its keys to the
-queries that drop them, at most one each.
+node's alive keys are its parent's that live on, and those born since. Where there is more than one level, the keys
+that any query selects are listed first: of scores without a trend they are few. Part 1 is sorted by scattering its keys
+to the queries that drop them, at most one each.
 Design fact 2 bounds each list: at most ``min(k, M) + SEGMENT`` keys.
 """
 
@@ -21,6 +22,7 @@ import triton
 import triton.language as tl
 
 from .base import Choice, Config, Cost, Param, Pow2, Template, next_pow2
+from .filter import before
 
 
 @triton.jit
@@ -41,43 +43,101 @@ def _sift(list_ptr, evicted_ptr, count, j, expiry, inside, begin, end, EVICTED: 
 
 
 @triton.jit
+def _sift_list(
+    keys_ptr, i, stop, first, last, expiry_ptr, list_ptr, evicted_ptr, count, begin, end, EVICTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``_sift`` of entries [i, stop) of a list of keys, of those in [first, last)."""
+    at = tl.arange(0, BLOCK)
+    j = tl.load(keys_ptr + i + at, mask=i + at < stop, other=-1)
+    while i < stop:
+        ahead = i + BLOCK + at
+        next_j = tl.load(keys_ptr + ahead, mask=ahead < stop, other=-1)
+        inside = (j >= first) & (j < last)
+        expiry = tl.load(expiry_ptr + j, mask=inside, other=0)
+        count = _sift(list_ptr, evicted_ptr, count, j, expiry, inside, begin, end, EVICTED)
+        j = next_j
+        i += BLOCK
+    return count
+
+
+@triton.jit
 def _lasting(
-    expiry_ptr, parent_ptr, parent_count_ptr, list_ptr, evicted_ptr, row, begin, end, M, window, parents, CAP,
-    EVICTED: tl.constexpr, PARENT_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    expiry_ptr, keys_ptr, starts_ptr, parent_ptr, parent_count_ptr, list_ptr, evicted_ptr, row, begin, end, M, window,
+    parents, blocks, CAP, EVICTED: tl.constexpr, LISTED: tl.constexpr, PARENT_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,
 ):  # fmt: skip
     """List the keys selected from before query ``begin`` until ``end``, by position; returns their number. PARENT_SIZE
-    0: no parent. Every load but those of inherited keys' expiry runs one block ahead of its use."""
-    at = tl.arange(0, BLOCK)
+    0: no parent. LISTED: the keys to look at are listed. Every load but those of listed keys' expiry runs one block
+    ahead of its use."""
     count = begin * 0
     first = -window
     if PARENT_SIZE > 0:
         parent = begin // PARENT_SIZE
         first = parent * PARENT_SIZE - window
-        parent_ptr += (row * parents + parent) * CAP
-        inherited = tl.load(parent_count_ptr + row * parents + parent)
-        j = tl.load(parent_ptr + at, mask=at < inherited, other=0)
-        for i in range(0, inherited, BLOCK):
-            ahead = i + BLOCK + at
-            next_j = tl.load(parent_ptr + ahead, mask=ahead < inherited, other=0)
-            inside = i + at < inherited
-            expiry = tl.load(expiry_ptr + j, mask=inside, other=0)
-            count = _sift(list_ptr, evicted_ptr, count, j, expiry, inside, begin, end, EVICTED)
-            j = next_j
+        slot = row * parents + parent
+        inherited = tl.load(parent_count_ptr + slot)
+        count = _sift_list(
+            parent_ptr + slot * CAP, begin * 0, inherited, 0, M, expiry_ptr, list_ptr, evicted_ptr, count, begin, end,
+            EVICTED, BLOCK,
+        )  # fmt: skip
     first = tl.maximum(first, 0)
     last = tl.minimum(begin - window, M)
-    expiry = tl.load(expiry_ptr + first + at, mask=first + at < last, other=0)
-    for i in range(first, last, BLOCK):
-        ahead = i + BLOCK + at
-        next_expiry = tl.load(expiry_ptr + ahead, mask=ahead < last, other=0)
-        count = _sift(list_ptr, evicted_ptr, count, i + at, expiry, i + at < last, begin, end, EVICTED)
-        expiry = next_expiry
+    if LISTED:
+        starts_ptr += row * (blocks + 1)
+        if last > first:
+            start = tl.load(starts_ptr + first // STRIDE)
+            stop = tl.load(starts_ptr + tl.cdiv(last, STRIDE))
+            count = _sift_list(
+                keys_ptr + row * M, start, stop, first, last, expiry_ptr, list_ptr, evicted_ptr, count, begin, end,
+                EVICTED, BLOCK,
+            )  # fmt: skip
+    else:
+        at = tl.arange(0, BLOCK)
+        expiry = tl.load(expiry_ptr + first + at, mask=first + at < last, other=0)
+        for i in range(first, last, BLOCK):
+            ahead = i + BLOCK + at
+            next_expiry = tl.load(expiry_ptr + ahead, mask=ahead < last, other=0)
+            count = _sift(list_ptr, evicted_ptr, count, i + at, expiry, i + at < last, begin, end, EVICTED)
+            expiry = next_expiry
     return count
 
 
-@triton.jit(do_not_specialize=["N", "M", "window", "parents"])
+@triton.jit
+def _selected(expiry_ptr, j, M, window):
+    """Which of keys j any query selects."""
+    return tl.load(expiry_ptr + j, mask=j < M, other=0) > j + window
+
+
+@triton.jit(do_not_specialize=["N", "M", "window"])
+def count_kernel(expiry_ptr, counts_ptr, N, M, window, BLOCK: tl.constexpr):
+    """How many keys of each block any query selects: int32 [rows, blocks]."""
+    row = tl.program_id(1).to(tl.int64)
+    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    selected = _selected(expiry_ptr + row * N, j, M, window)
+    tl.store(counts_ptr + row * tl.num_programs(0) + tl.program_id(0), tl.sum(selected.to(tl.int32), 0))
+
+
+@triton.jit(do_not_specialize=["N", "M", "window"])
+def list_kernel(expiry_ptr, counts_ptr, keys_ptr, starts_ptr, N, M, window, BLOCK: tl.constexpr):
+    """List the keys that any query selects, by position: keys [rows, M]; and where each block's start: starts [rows,
+    blocks + 1], the last their number."""
+    row = tl.program_id(1).to(tl.int64)
+    block, blocks = tl.program_id(0), tl.num_programs(0)
+    j = block * BLOCK + tl.arange(0, BLOCK)
+    selected = _selected(expiry_ptr + row * N, j, M, window)
+    start = before(counts_ptr + row * blocks, block, BLOCK)
+    stop = _append(keys_ptr + row * M, start, j, selected)
+    starts_ptr += row * (blocks + 1) + block
+    tl.store(starts_ptr, start)
+    if block == blocks - 1:
+        tl.store(starts_ptr + 1, stop)
+
+
+@triton.jit(do_not_specialize=["N", "M", "window", "parents", "blocks"])
 def alive_kernel(
-    expiry_ptr, parent_ptr, parent_count_ptr, list_ptr, count_ptr, N, M, window, parents, CAP, SIZE: tl.constexpr,
-    PARENT_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    expiry_ptr, keys_ptr, starts_ptr, parent_ptr, parent_count_ptr, list_ptr, count_ptr, N, M, window, parents, blocks,
+    CAP, SIZE: tl.constexpr, PARENT_SIZE: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
     """Keys selected both before and at query node * SIZE, by position: list [rows, nodes, CAP], count [rows, nodes]."""
     node = tl.program_id(0)
@@ -86,8 +146,8 @@ def alive_kernel(
     begin = node * SIZE
     list_ptr += slot * CAP
     count = _lasting(
-        expiry_ptr + row * N, parent_ptr, parent_count_ptr, list_ptr, list_ptr, row, begin, begin + 1, M, window,
-        parents, CAP, False, PARENT_SIZE, BLOCK,
+        expiry_ptr + row * N, keys_ptr, starts_ptr, parent_ptr, parent_count_ptr, list_ptr, list_ptr, row, begin,
+        begin + 1, M, window, parents, blocks, CAP, False, True, PARENT_SIZE, BLOCK, STRIDE,
     )  # fmt: skip
     tl.store(count_ptr + slot, count)
 
@@ -103,11 +163,12 @@ def _enter(list_ptr, columns, u_ptr, sat_end_ptr, slot, j, expiry, keep):
     tl.store(list_sat_end_ptr + slot, tl.load(sat_end_ptr + j, mask=keep, other=0), mask=keep)
 
 
-@triton.jit(do_not_specialize=["N", "M", "window", "parents"])
+@triton.jit(do_not_specialize=["N", "M", "window", "parents", "blocks"])
 def segments_kernel(
-    u_ptr, expiry_ptr, sat_end_ptr, parent_ptr, parent_count_ptr, stay_ptr, evicted_ptr, list_ptr, list_u_ptr,
-    list_expiry_ptr, list_sat_end_ptr, bounds_ptr, start_ptr, stop_ptr, late_stop_ptr, N, M, window, parents, STAY_CAP,
-    CAP, SEGMENT: tl.constexpr, PARENT_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    u_ptr, expiry_ptr, sat_end_ptr, keys_ptr, starts_ptr, parent_ptr, parent_count_ptr, stay_ptr, evicted_ptr, list_ptr,
+    list_u_ptr, list_expiry_ptr, list_sat_end_ptr, bounds_ptr, start_ptr, stop_ptr, late_stop_ptr, N, M, window,
+    parents, blocks, STAY_CAP, CAP, SEGMENT: tl.constexpr, PARENT_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,
 ):  # fmt: skip
     """Lay out the list of one segment.
 
@@ -134,8 +195,8 @@ def segments_kernel(
         tl.store(evicted_ptr + i + at, tl.full([BLOCK], -1, tl.int32), mask=i + at < end)
     tl.debug_barrier()
     stays = _lasting(
-        expiry_ptr, parent_ptr, parent_count_ptr, stay_ptr, evicted_ptr, row, begin, end, M, window, parents, STAY_CAP,
-        True, PARENT_SIZE, BLOCK,
+        expiry_ptr, keys_ptr, starts_ptr, parent_ptr, parent_count_ptr, stay_ptr, evicted_ptr, row, begin, end, M,
+        window, parents, blocks, STAY_CAP, True, PARENT_SIZE > 0, PARENT_SIZE, BLOCK, STRIDE,
     )  # fmt: skip
     tl.debug_barrier()
 
@@ -202,6 +263,7 @@ def segments_kernel(
     tl.store(bounds_ptr + 4, late_slot)
 
 
+STRIDE = 1024  # keys of a block of those that are listed
 FANOUT = 16  # nodes per parent: each level reads its parents' keys and those born within one parent
 
 
@@ -216,7 +278,7 @@ def levels(segment: int, n: int) -> list[int]:
 
 def coarse(config: Config) -> tuple[int, int]:
     """BLOCK and warps of the levels above the segments: few programs, each with a long way to read."""
-    return min(8 * config["BLOCK"], 8192), min(2 * config["num_warps"], 16)
+    return min(8 * config["BLOCK"], 8192), config["num_warps"]
 
 
 def _default(problem, device):
@@ -235,6 +297,7 @@ def _cost(config, problem):
     keys = problem.rows * problem.n
     visits = keys * (2 * rows_per_key + FANOUT)
     launches = len(levels(config["SEGMENT"], problem.n))
+    launches += 2 * (launches > 1)
     return Cost(flops=8.0 * visits, bytes=keys * (20.0 + 12.0 * rows_per_key), launches=launches)
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .base import Choice, Config, Cost, Param, Pow2, Template, next_pow2
+from .filter import LATELY
 
 REGISTERS = 128  # a thread of the walk: it waits for memory most of the time, so 16 warps an SM matter more
 PROGRAMS = 6144  # of one launch of the walk, each with scratch of its own
@@ -34,7 +35,10 @@ PART = 64  # keys: shorter ones are walked over as fast
 FINE = 128  # keys of the first stretches
 FILTERED = 32768  # keys: of shorter rows leaving some out saves less than it takes
 MANY = 8  # times k: likewise
-BLOCK = 1024  # keys that a program leaves out or puts back
+BOUNDED = 2048  # keys that a program looks at at once for bounds
+RECENT = 1024  # keys, at least, from one bound of what was born lately to the next
+BLOCK = 1024  # keys that a program leaves out
+BACK = 256  # keys that a program puts back: more would wait for longer
 SPAN = 256  # events of a block where keys were left out, unless that makes more than 512 blocks
 
 
@@ -57,6 +61,12 @@ def filtered(m: int, k: int) -> bool:
 def bounds(m: int, k: int) -> int:
     """The number of prefixes of 2k << a keys, short of the row, that bound tau."""
     return (-(-m // (2 * k)) - 1).bit_length()
+
+
+def recent(m: int, k: int) -> tuple[int, int]:
+    """The stride of bounds from what was born lately, and their number, short of the row's end."""
+    stride = max(k, RECENT)
+    return stride, max(0, (m - 1) // stride - LATELY.value + 1)
 
 
 def left(m: int, k: int) -> int:

@@ -114,15 +114,17 @@ def _filtered_threshold(
     """The threshold of the keys that the filter leaves, as rows of their own with room for all, and back."""
     bounds, block = threshold_t.bounds(m, k), threshold_t.BLOCK
     blocks = _cdiv(m, block)
-    left, tau, lowest = _carve(scores, torch.float32, rows * m, rows * m, rows * bounds * filter_t.PARTS.value)
+    stride, recent = threshold_t.recent(m, k)
+    total = bounds * filter_t.PARTS.value + recent
+    left, tau, lowest = _carve(scores, torch.float32, rows * m, rows * m, rows * total)
     key, index, expiry, sat_end, sup_end, interior, counts, count = _carve(
         scores, torch.int32, *6 * [rows * m], rows * blocks, rows
     )
     _run(
-        filter_t.bounds_kernel, (filter_t.PARTS.value, bounds, rows),
-        scores, lowest, n, k, BLOCK=8 * block, num_warps=32,
+        filter_t.bounds_kernel, (total, rows),
+        scores, lowest, n, k, bounds, stride, BLOCK=threshold_t.BOUNDED, num_warps=8,
     )  # fmt: skip
-    rest = (n, m, k, bounds)
+    rest = (n, m, k, bounds, stride, total)
     _run(filter_t.count_kernel, (blocks, rows), scores, lowest, counts, *rest, BLOCK=block, num_warps=4)
     _run(
         filter_t.compact_kernel, (blocks, rows),
@@ -131,8 +133,8 @@ def _filtered_threshold(
     solved = Selection(tau, expiry, sat_end, sup_end, interior)
     _threshold(left, count, solved, rows, m, m, k, 0, config)
     _run(
-        filter_t.expand_kernel, (_cdiv(n, block), rows),
-        key, index, count, *solved, *results, n, m, k, window, BLOCK=block, num_warps=4,
+        filter_t.expand_kernel, (_cdiv(n, threshold_t.BACK), rows),
+        key, index, count, *solved, *results, n, m, k, window, BLOCK=threshold_t.BACK, num_warps=4,
     )  # fmt: skip
 
 
@@ -199,13 +201,20 @@ def schedule(scores: Tensor, selection: Selection, k: int, window: int, config: 
     coarse, coarse_warps = schedule_t.coarse(config)
     cap, segments = min(k, m), _cdiv(n, segment)
     parent, count, parents, parent_size = expiry, expiry, 1, 0
-    for size in schedule_t.levels(segment, n)[:-1]:
+    keys, starts, blocks = expiry, expiry, _cdiv(m, schedule_t.STRIDE)
+    sizes = schedule_t.levels(segment, n)[:-1]
+    if sizes:
+        keys, starts, counts = _carve(expiry, torch.int32, rows * m, rows * (blocks + 1), rows * blocks)
+        meta = {"BLOCK": schedule_t.STRIDE, "num_warps": 4}
+        _run(schedule_t.count_kernel, (blocks, rows), expiry, counts, n, m, window, **meta)
+        _run(schedule_t.list_kernel, (blocks, rows), expiry, counts, keys, starts, n, m, window, **meta)
+    for size in sizes:
         nodes = _cdiv(n, size)
         children, counts = _carve(expiry, torch.int32, rows * nodes * cap, rows * nodes)
         _run(
             schedule_t.alive_kernel, (nodes, rows),
-            expiry, parent, count, children, counts, n, m, window, parents, cap, SIZE=size, PARENT_SIZE=parent_size,
-            BLOCK=coarse, num_warps=coarse_warps,
+            expiry, keys, starts, parent, count, children, counts, n, m, window, parents, blocks, cap, SIZE=size,
+            PARENT_SIZE=parent_size, BLOCK=coarse, STRIDE=schedule_t.STRIDE, num_warps=coarse_warps,
         )  # fmt: skip
         parent, count, parents, parent_size = children, counts, nodes, size
     stay, evicted = _carve(expiry, torch.int32, rows * segments * cap, rows * n)
@@ -223,9 +232,9 @@ def schedule(scores: Tensor, selection: Selection, k: int, window: int, config: 
     )
     _run(
         schedule_t.segments_kernel, (segments, rows),
-        scores, expiry, selection.sat_end, parent, count, stay, evicted, *out[:8], n, m, window, parents, cap,
-        cap + segment, SEGMENT=segment, PARENT_SIZE=parent_size, BLOCK=config["BLOCK"],
-        num_warps=config["num_warps"],
+        scores, expiry, selection.sat_end, keys, starts, parent, count, stay, evicted, *out[:8], n, m, window, parents,
+        blocks, cap, cap + segment, SEGMENT=segment, PARENT_SIZE=parent_size, BLOCK=config["BLOCK"],
+        STRIDE=schedule_t.STRIDE, num_warps=config["num_warps"],
     )  # fmt: skip
     return out
 
@@ -352,7 +361,7 @@ def dkv(
         dk, dv, du,
         *dk.stride()[:3], *dv.stride()[:3], s.n, s.n - window, window, segments, chunks, cap, s.kv_heads, **meta,
         SELECTED=sched is not None, WINDOW=window > 0, SEGMENT=segment, PREFIX=dkv_t.CHUNK, BLOCK=config["BLOCK"],
-        STEPS=cap.bit_length(), num_warps=config["reduce_warps"],
+        STEPS=dkv_t.search_steps(cap - segment), num_warps=config["reduce_warps"],
     )  # fmt: skip
     return dk, dv, du
 

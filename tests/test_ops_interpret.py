@@ -100,6 +100,7 @@ def test_several_segments(case, monkeypatch):
     from sparsek_tune.kernel_templates.base import Config
 
     monkeypatch.setattr(schedule, "FANOUT", 2)
+    monkeypatch.setattr(schedule, "STRIDE", 8)
     default = ops._default_configs
 
     def short(problem):

@@ -58,6 +58,9 @@ def filtering(monkeypatch):
     monkeypatch.setattr(threshold, "FILTERED", 32)
     monkeypatch.setattr(threshold, "MANY", 3)
     monkeypatch.setattr(threshold, "BLOCK", 16)
+    monkeypatch.setattr(threshold, "BACK", 8)
+    monkeypatch.setattr(threshold, "BOUNDED", 4)
+    monkeypatch.setattr(threshold, "RECENT", 4)
 
 
 def check_selection(kind, n, k, w, rows, config):
@@ -84,13 +87,18 @@ def test_selection_of_filtered_rows(kind, n, k, w, rows, config, short_stretches
     check_selection(kind, n, k, w, rows, (SMALL, *OTHERS)[config])
 
 
+def left(u: torch.Tensor, k: int) -> list[int]:
+    """How many keys of each row the filter leaves."""
+    with mock.patch.object(launch, "_threshold", wraps=launch._threshold) as solve:
+        launch.threshold(u, k, 0, SMALL)
+    return solve.call_args.args[1][: u.shape[0] * u.shape[1]].tolist()
+
+
 @pytest.mark.parametrize("kind", SCORES)
 def test_the_filter_leaves_out_most_and_nothing_that_counts(kind, filtering):
     k, n = 4, 200
     u = make_scores(kind, n, 2)
-    with mock.patch.object(launch, "_threshold", wraps=launch._threshold) as solve:
-        launch.threshold(u, k, 0, SMALL)
-    counts = solve.call_args.args[1][:2].tolist()
+    counts = left(u, k)
     expected = reference.select(u.double().clamp(-LIMIT, LIMIT), k, 0)
     at = torch.arange(n)
     matter = ((expected.sup_end > at) | (expected.expiry > at)).sum(-1).flatten().tolist()
@@ -99,6 +107,15 @@ def test_the_filter_leaves_out_most_and_nothing_that_counts(kind, filtering):
         assert max(counts) < n // 2
     if kind in ("rising", "steep"):
         assert min(counts) == n
+
+
+def test_the_filter_follows_a_trend(filtering, monkeypatch):
+    """Prefixes alone bound little where later keys are better."""
+    k, n = 16, 512
+    u = make_scores("random", n, 2) + 0.04 * torch.arange(n)
+    counts = left(u, k)
+    monkeypatch.setattr(threshold, "RECENT", n)
+    assert all(count < 0.7 * alone for count, alone in zip(counts, left(u, k), strict=True))
 
 
 @pytest.mark.parametrize("k", [1, 93, 94, 95, 200])
@@ -140,6 +157,7 @@ def test_cuts_cover_the_row_and_stay_bounded(m, budget, chunk):
 @pytest.mark.parametrize(("n", "k", "w", "block"), [(130, 12, 7, 16), (100, 40, 0, 64), (50, 60, 3, 8)])
 def test_schedule_lays_out_every_part(kind, n, k, w, block, monkeypatch):
     monkeypatch.setattr(schedule, "FANOUT", 2)
+    monkeypatch.setattr(schedule, "STRIDE", 8)
     scores = make_scores(kind, n)
     selection = reference.select(scores, k, w)
     size, expiry, sat_end = 16, selection.expiry.flatten(), selection.sat_end.flatten()
