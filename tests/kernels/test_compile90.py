@@ -68,9 +68,9 @@ def test_atomics_are_of_integers():
 
 @pytest.mark.parametrize(("n", "launches"), [(4096, 5), (16384, 6), (65536, 14)])
 def test_few_launches_before_the_attention(n, launches):
-    """Of threshold and schedule together. Two rounds merge 16384 scores: one of 16 runs takes longer than both. The rows
-    of 65536 have four launches of the filter, three rounds of merging, and three for schedule's list of selected keys
-    and its upper level: each takes less than it saves."""
+    """Of threshold and schedule together. Two rounds merge 16384 scores: one of 16 runs takes longer than both. Rows of
+    65536 have four launches of the filter, three rounds of merging, and three for schedule's list of selected keys and
+    its upper level: each takes less than it saves."""
     use_target(DEVICE)
     problem = Problem.of("bf16", 128, 4, "kv", 1024 if n == 16384 else 512, 512, n, 8)
     first, second = (TEMPLATES[name].default(problem, DEVICE) for name in ("threshold", "schedule"))
