@@ -230,7 +230,7 @@ def _find(list_ptr, lo, hi, j, todo, STEPS: tl.constexpr):
     for _ in tl.static_range(STEPS):
         stride = (hi - lo + PROBES - 1) // PROBES
         at = lo[:, None] + (probe + 1) * stride[:, None] - 1
-        inside = todo[:, None] & (at < hi[:, None])
+        inside = todo[:, None] & (at >= lo[:, None]) & (at < hi[:, None])
         less = inside & (tl.load(list_ptr + at, mask=inside, other=0) < j[:, None])
         lo += tl.sum(less.to(tl.int32), 1) * stride
         hi = tl.minimum(lo + stride, hi)

@@ -6,7 +6,8 @@ prefix has ``F(x) >= k``. Bounds are found for prefixes of 2k, 4k, 8k, ... keys:
 keys are left between one and the next. And, for scores that rise, from what was born lately, all along the row.
 
 What is left is a shorter row, of which the threshold is solved as of any other, with every key's place in it for its
-time; ``expand_kernel`` puts the results back. Nothing that it leaves out ever counts: the results are the same.
+time; ``expand_kernel`` puts the results back. Nothing that it leaves out ever counts: the results are the same, but for
+the unit of the fixed point, which follows from the scores that are left (a key within a unit of tau may differ).
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import triton.language as tl
 FAR: tl.constexpr = tl.constexpr(4194304.0)  # more than any two clamped scores are apart
 LATELY: tl.constexpr = tl.constexpr(4)  # strides that count as lately: fewer have no k above a good bound
 POINTS: tl.constexpr = tl.constexpr(4)  # at which a pass over a prefix finds F: as long as at one of them
-REACH: tl.constexpr = tl.constexpr(2**4)  # twice as far as the last point, each twice as far as the one before
+REACH: tl.constexpr = tl.constexpr(1 << POINTS.value)  # each is twice as far as the one before
 STEPS: tl.constexpr = tl.constexpr(3)  # of search between them: each key left too many costs little
-SLACK: tl.constexpr = tl.constexpr(1.015625)  # of F, above what float32 and fixed point may be off
+# Of F: more than float32 may be off. Fixed point may be off by a unit for each key, which moves tau by a unit.
+SLACK: tl.constexpr = tl.constexpr(1.015625)
 PARTS: tl.constexpr = tl.constexpr(4)  # of a prefix, each looked into by a program of its own
 
 
@@ -39,7 +41,7 @@ def length(count_ptr, row, M, COUNTED: tl.constexpr):
 
 @triton.jit
 def before(counts_ptr, block, BLOCK: tl.constexpr):
-    """The sum of the first ``block`` counts."""
+    """The sum of the first ``block`` counts: a few loads, unless there are millions of keys."""
     at = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], tl.int32)
     for i in range(0, block, BLOCK):
@@ -61,7 +63,7 @@ def _enough(scores_ptr, x, first, end, goal, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["K", "bounds", "stride"])
 def bounds_kernel(scores_ptr, bounds_ptr, N, K, bounds, stride, BLOCK: tl.constexpr):
-    """Lower bounds of tau, of scores [rows, N]: float32 [rows, bounds * PARTS + recent], axis 0 by axis 1.
+    """Lower bounds of tau, of scores [rows, N]: float32 [rows, bounds * PARTS + recent], axis 1 by axis 0.
 
     First, for each a, PARTS of which the least is a bound after the first 2K << a keys: where each part of a prefix
     has its part of K above its own x, all have K above the least x. One program for all parts would take longer than

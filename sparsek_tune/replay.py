@@ -244,7 +244,7 @@ class _Writer:
         for i in part.results:
             self._base({i: 0})
         self.kept += part.results
-        if part.held.size:
+        if part.held.offsets:
             kept.append(((part.held.size // 4,), (1,), torch.int32))
             self._base(part.held.offsets)
             self.kept.append(None)

@@ -130,6 +130,47 @@ def test_a_replay_frees_what_later_launches_do_not_need(kernel, monkeypatch):
     assert torch.equal(got[1], ((args[0] + args[1]) * 3 + 1 + held) * 3 + 1)
 
 
+def test_one_phase_where_two_save_too_little():
+    """Two launches; a scratch of the first and a result of the second need not be there together."""
+    uses, half, twice = {0: (0, 0), 1: (1, 1)}, replay.WORTH // 2, 2 * replay.WORTH
+    assert len(replay.divide([half, half], uses, {1: None}, 2)) == 1
+    assert len(replay.divide([twice, twice], uses, {1: None}, 2)) == 2
+
+
+def test_one_phase_where_the_first_needs_most():
+    """The scratch of the first launch stands beside its result in any case."""
+    m = replay.WORTH
+    assert len(replay.divide([m, 8 * m, m // 2], {0: (0, 0), 1: (0, 0), 2: (1, 1)}, {0: None, 2: None}, 2)) == 1
+
+
+class Copy(Mix):
+    """Does not look at its second source."""
+
+    @staticmethod
+    def _compute(target, a, b, shift, factor):
+        Mix._compute(target, a, a, shift, factor)
+
+
+def test_results_of_any_shape_and_nothing_at_all(kernel):
+    """A result of two dimensions; an allocation of no bytes that both phases take."""
+    copy = Copy()
+
+    def function(x, y):
+        nothing, wide = x.new_empty(0), x.new_empty(1 << 18)
+        mix(copy, wide, x, nothing)
+        del wide
+        late = x.new_empty((2, 1 << 17))
+        mix(copy, late, y, nothing)
+        return (late,)
+
+    for seed in range(3):
+        x, y = tensors(2, seed)
+        (late,) = run(function, (x, y), "stage")
+        assert late.shape == (2, 1 << 17) and late.stride() == (1 << 17, 1)
+        assert torch.equal(late[0, :SIZE], 2 * y * 3 + 1)
+    assert copy.direct == 2
+
+
 def test_an_empty_view_has_an_address_in_its_buffer(kernel):
     """PyTorch says that the address of an empty tensor is zero."""
     seen = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from unittest import mock
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from sparsek_tune import launch, reference
+from sparsek_tune.kernel_templates import filter as filter_t
 from sparsek_tune.kernel_templates import schedule, threshold
 from sparsek_tune.kernel_templates.base import Config
 
@@ -107,6 +109,28 @@ def test_the_filter_leaves_out_most_and_nothing_that_counts(kind, filtering):
         assert max(counts) < n // 2
     if kind in ("rising", "steep"):
         assert min(counts) == n
+
+
+@pytest.mark.parametrize("kind", ["random", "slope", "ties", "falling"])
+def test_bounds_are_below_tau_and_close(kind):
+    """F there is at least k, by definition, but not by much: 8 rows, so that 2 % would show."""
+    k, n, rows, stride = 48, 700, 8, 60
+    u = make_scores("random", n, rows) if kind == "random" else make_scores(kind, n).repeat(1, rows, 1)
+    u = u + torch.linspace(0, 0.3, rows)[:, None]
+    u, bounds, parts = u[0].contiguous(), threshold.bounds(n, k), filter_t.PARTS.value
+    recent = (n - 1) // stride - filter_t.LATELY.value + 1
+    lowest = torch.full((rows, bounds * parts + recent), float("nan"))
+    filter_t.bounds_kernel[(bounds * parts + recent, rows)](u, lowest, n, k, bounds, stride, BLOCK=64, num_warps=1)
+    edges = [[(2 * k << a) * part // parts for part in range(parts + 1)] for a in range(bounds)]
+    ranges = [pair for of_a_prefix in edges for pair in itertools.pairwise(of_a_prefix)]
+    goals = [k / parts] * len(ranges) + [k] * recent
+    ranges += [(i * stride, (i + filter_t.LATELY.value) * stride) for i in range(recent)]
+    mass = torch.stack(
+        [(u[:, first:end].double() - lowest[:, [i]]).clamp(0, 1).sum(-1) for i, (first, end) in enumerate(ranges)]
+    )
+    goal = torch.tensor(goals)[:, None]
+    assert (mass >= goal).all()
+    assert ((mass < 1.15 * goal + 1) | (kind == "ties")).all()
 
 
 def test_the_filter_follows_a_trend(filtering, monkeypatch):
