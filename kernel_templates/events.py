@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .filter import length
+from .filter import clamp, length
 
 PROBES: tl.constexpr = tl.constexpr(64)  # of one step of the search for a block's first events
 
@@ -26,7 +26,7 @@ def fixed_point(us_ptr, M, LOG_EVENTS: tl.constexpr):
 
 @triton.jit
 def quantise(u, one):
-    return (tl.maximum(tl.minimum(u, 1048576.0), -1048576.0).to(tl.float64) * one.to(tl.float64)).to(tl.int64)
+    return (clamp(u).to(tl.float64) * one.to(tl.float64)).to(tl.int64)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The filter of ``threshold``: keys that no query selects are left out before anything is sorted.
+"""The filter of ``threshold``: most keys that no query selects are left out before anything is sorted.
 
 tau never falls. So where ``F(x) >= k`` for some prefix, x is a lower bound of every later tau, and a key born later
 with ``u <= x`` is dropped at its birth: at least k keys are above x, and the gate is 0. It is enough that part of the
@@ -26,7 +26,8 @@ PARTS: tl.constexpr = tl.constexpr(4)  # of a prefix, each looked into by a prog
 
 
 @triton.jit
-def _clamp(u):
+def clamp(u):
+    """The scores that count: fixed point holds no more."""
     return tl.maximum(tl.minimum(u, 1048576.0), -1048576.0)
 
 
@@ -50,15 +51,19 @@ def before(counts_ptr, block, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _enough(scores_ptr, x, first, end, goal, BLOCK: tl.constexpr):
-    """Whether F of scores [first, end) reaches the goal at each of x [POINTS], up to rounding."""
+def _narrow(scores_ptr, x, low, high, first, end, goal, BLOCK: tl.constexpr):
+    """The largest of low and those of x [POINTS] where F of scores [first, end) reaches the goal, up to rounding; the
+    least of high and those where it does not."""
     at = tl.arange(0, BLOCK)[:, None]
     mass = tl.zeros([BLOCK, POINTS], tl.float32)
     for i in range(first, end, BLOCK):
         inside = i + at < end
-        u = _clamp(tl.load(scores_ptr + i + at, mask=inside, other=0.0))
+        u = clamp(tl.load(scores_ptr + i + at, mask=inside, other=0.0))
         mass += tl.where(inside, tl.minimum(tl.maximum(u - x[None, :], 0.0), 1.0), 0.0)
-    return tl.sum(mass, 0) >= goal
+    enough = tl.sum(mass, 0) >= goal
+    low = tl.maximum(low, tl.max(tl.where(enough, x, low), 0))
+    high = tl.minimum(high, tl.min(tl.where(enough, high, x), 0))
+    return low, high
 
 
 @triton.jit(do_not_specialize=["K", "bounds", "stride"])
@@ -85,7 +90,7 @@ def bounds_kernel(scores_ptr, bounds_ptr, N, K, bounds, stride, BLOCK: tl.conste
     at = tl.arange(0, BLOCK)
     most = tl.full([BLOCK], -1048576.0, tl.float32)
     for i in range(first, end, BLOCK):
-        most = tl.maximum(most, _clamp(tl.load(scores_ptr + i + at, mask=i + at < end, other=-1048576.0)))
+        most = tl.maximum(most, clamp(tl.load(scores_ptr + i + at, mask=i + at < end, other=-1048576.0)))
     top = tl.max(most, 0)
     point = tl.arange(0, POINTS)
     low = top - 2 * FAR
@@ -93,15 +98,11 @@ def bounds_kernel(scores_ptr, bounds_ptr, N, K, bounds, stride, BLOCK: tl.conste
     gap = top * 0 + 1
     while (gap < FAR) & (low < top - FAR):
         x = top - gap * (1 << point).to(tl.float32)
-        enough = _enough(scores_ptr, x, first, end, goal, BLOCK)
-        low = tl.maximum(low, tl.max(tl.where(enough, x, low), 0))
-        high = tl.minimum(high, tl.min(tl.where(enough, high, x), 0))
+        low, high = _narrow(scores_ptr, x, low, high, first, end, goal, BLOCK)
         gap *= REACH
     for _ in range(STEPS):
         x = low + (high - low) * ((point + 1).to(tl.float32) / (POINTS + 1))
-        enough = _enough(scores_ptr, x, first, end, goal, BLOCK)
-        low = tl.maximum(low, tl.max(tl.where(enough, x, low), 0))
-        high = tl.minimum(high, tl.min(tl.where(enough, high, x), 0))
+        low, high = _narrow(scores_ptr, x, low, high, first, end, goal, BLOCK)
     tl.store(bounds_ptr + row * tl.num_programs(0) + which, low)
 
 
@@ -115,7 +116,7 @@ def _kept(scores_ptr, bounds_ptr, t, K, M, bounds, stride):
     for a in range(bounds):
         lowest = tl.min(tl.load(bounds_ptr + a * PARTS + tl.arange(0, PARTS)), 0)
         bound = tl.maximum(bound, tl.where(t >= (2 * K << a), lowest, bound))
-    return u, inside & ~(_clamp(u) <= bound)
+    return u, inside & ~(clamp(u) <= bound)
 
 
 @triton.jit(do_not_specialize=["K", "M", "bounds", "stride", "total"])

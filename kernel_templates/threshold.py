@@ -1,6 +1,6 @@
 """Threshold: tau, expiry and the gate intervals of every key, for all prefixes of a row of scores.
 
-Keys of long rows that no query can select are left out first (``filter``). The others are sorted once (``sort``).
+Most keys of long rows that no query can select are left out first (``filter``). The others are sorted once (``sort``).
 ``F_t(x) = sum_{j <= t} clip(u_j - x, 0, 1)`` is piecewise linear in x with a breakpoint at ``u_j`` (slope +1) and one
 at ``u_j - 1`` (slope -1): the events, in one merged descending order. F only grows with t (design fact 1), so every
 event value x has one crossing time, the first t with ``F_t(x) >= k`` (for ``u_j``: the key leaves the support) or
@@ -70,8 +70,8 @@ def recent(m: int, k: int) -> tuple[int, int]:
 
 
 def left(m: int, k: int) -> int:
-    """About how many keys are left of m whose scores have no trend."""
-    return min(m, k * (4 + 3 * bounds(m, k)) // 2) if filtered(m, k) else m
+    """About how many keys the filter leaves of m whose scores have no trend."""
+    return min(m, k * (4 + 3 * bounds(m, k)) // 2)
 
 
 def cuts(m: int, k: int, chunk: int) -> Cuts:

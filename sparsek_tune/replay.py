@@ -288,7 +288,7 @@ def _parts(
         held = {i: use for i, use in own.items() if use[1] >= end}
         scratch = {i: use for i, use in own.items() if use[1] < end}
         begun = [i for i in results if first <= uses.get(i, (0, 0))[0] < max(end, 1)]
-        parts.append(_Part(first, end, begun, _Buffers(*pack(sizes, held)), _Buffers(*pack(sizes, scratch))))
+        parts.append(_Part(first, end, begun, pack(sizes, held), pack(sizes, scratch)))
     return parts
 
 
@@ -300,7 +300,7 @@ def _peak(parts: list[_Part], sizes: Sequence[int]) -> int:
     return peak
 
 
-def pack(sizes: Sequence[int], uses: dict[int, tuple[int, int]]) -> tuple[dict[int, int], int]:
+def pack(sizes: Sequence[int], uses: dict[int, tuple[int, int]]) -> _Buffers:
     """Offsets into one workspace for buffers of these sizes, and its size: two that are in use at the same time, from
     one launch to another, do not overlap. The largest are placed first, each as low as it fits."""
     offsets: dict[int, int] = {}
@@ -319,7 +319,7 @@ def pack(sizes: Sequence[int], uses: dict[int, tuple[int, int]]) -> tuple[dict[i
             start = max(start, high)
         offsets[index] = start
         end = max(end, start + _padded(sizes[index]))
-    return offsets, end
+    return _Buffers(offsets, end)
 
 
 def _storages(tree: Any) -> set[int]:
