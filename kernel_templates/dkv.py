@@ -32,7 +32,7 @@ from .tiles import __file__ as tiles_file
 
 CHUNK = 1024  # of the prefix sums of gbar
 PROBES: tl.constexpr = tl.constexpr(32)  # of one step of the search for a key's entry
-
+AHEAD: tl.constexpr = tl.constexpr(4)  # segments of a key whose entries are found at a time, and then read together
 
 PLAIN = tl.constexpr(0)  # every key of the tile is seen by every query, with a gate of 1
 GATED = tl.constexpr(1)  # seen by every query
@@ -169,12 +169,16 @@ def dkv_kernel(
 
 @triton.jit(do_not_specialize=["N", "window", "KV_HEADS"])
 def band_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    sdo_b, sdo_h, sdo_n, sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n,
+    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, expiry_ptr, dk_band_ptr, dv_band_ptr, dk_ptr, dv_ptr,
+    sdo_b, sdo_h, sdo_n, sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n, sdk_b, sdk_h, sdk_n, sdv_b, sdv_h, sdv_n,
     N, window, scale, KV_HEADS, G: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The window's part of dk and dv [rows, N, D], float32: key j counts for queries [j, j + window), ungated."""
+    """The window's part of dk and dv: key j counts for queries [j, j + window), ungated.
+
+    Of keys that some query selects it goes to dk_band and dv_band [rows, N, D], float32, for ``reduce_kernel`` to add;
+    of all others it is the result.
+    """
     row = tl.program_id(1).to(tl.int64)
     batch = row // KV_HEADS
     head = row % KV_HEADS
@@ -189,8 +193,11 @@ def band_kernel(
         q_ptr + batch * sq_b + head * G * sq_h, do_ptr + batch * sdo_b + head * G * sdo_h, lse_ptr + row * G * N,
         delta_ptr + row * G * N, lse_ptr, sq_n, sq_h, sdo_n, sdo_h, N, scale, G, HEADS, D, BD, GATE_NONE, WIDE, BM, BN,
     )  # fmt: skip
-    store_rows(dk_ptr, row * N + at, D, every, dk * scale, D, BD, True)
-    store_rows(dv_ptr, row * N + at, D, every, dv, D, BD, True)
+    selected = every & (tl.load(expiry_ptr + row * N + at, mask=every, other=0) > at + window)
+    store_rows(dk_band_ptr, row * N + at, D, selected, dk * scale, D, BD, True)
+    store_rows(dv_band_ptr, row * N + at, D, selected, dv, D, BD, True)
+    store_rows(dk_ptr + batch * sdk_b + head * sdk_h, at, sdk_n, every & ~selected, dk * scale, D, BD, WIDE)
+    store_rows(dv_ptr + batch * sdv_b + head * sdv_h, at, sdv_n, every & ~selected, dv, D, BD, WIDE)
 
 
 @triton.jit(do_not_specialize=["N", "chunks"])
@@ -224,17 +231,61 @@ def _prefix(sum_ptr, offset_ptr, at, mask, BLOCK: tl.constexpr):
 
 @triton.jit
 def _find(list_ptr, lo, hi, j, todo, STEPS: tl.constexpr):
-    """Where j stands in the ascending entries [lo, hi) of a list, PROBES ** STEPS at most. Each step waits for memory
-    once, whatever the number of its probes, most of which are those of the neighbours' too."""
+    """Where each j stands in the ascending entries [lo, hi) of its list, PROBES ** STEPS at most. Each step waits for
+    memory once, whatever the number of its probes."""
     probe = tl.arange(0, PROBES)[None, :]
     for _ in tl.static_range(STEPS):
         stride = (hi - lo + PROBES - 1) // PROBES
         at = lo[:, None] + (probe + 1) * stride[:, None] - 1
         inside = todo[:, None] & (at >= lo[:, None]) & (at < hi[:, None])
-        less = inside & (tl.load(list_ptr + at, mask=inside, other=0) < j[:, None])
+        less = inside & (tl.load(list_ptr[:, None] + at, mask=inside, other=0) < j[:, None])
         lo += tl.sum(less.to(tl.int32), 1) * stride
         hi = tl.minimum(lo + stride, hi)
     return lo
+
+
+@triton.jit
+def _parts(
+    dk, dv, du, dk_part_ptr, dv_part_ptr, du_part_ptr, expiry_ptr, sat_end_ptr, list_ptr, bounds_ptr, start_ptr,
+    stop_ptr, late_stop_ptr, row, N, M, window, segments, CAP, D: tl.constexpr, BD: tl.constexpr, GATE: tl.constexpr,
+    SEGMENT: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Add the partials of a program's keys, each key's by segment. A lane looks for one entry: of key ``lane // AHEAD``
+    in one of AHEAD segments, so that all wait for memory at the same time."""
+    lane = tl.arange(0, BLOCK * AHEAD)
+    j = tl.program_id(0) * BLOCK + lane // AHEAD
+    born = j + window
+    expiry = tl.load(expiry_ptr + row * N + j, mask=j < M, other=0)
+    sat_end = tl.load(sat_end_ptr + row * N + j, mask=j < M, other=0)
+    chosen = (j < M) & (expiry > born)
+    first = tl.where(chosen, born // SEGMENT, segments)
+    final = tl.where(chosen, (expiry - 1) // SEGMENT, -1)
+    late = expiry < tl.minimum((first + 1) * SEGMENT, N)  # dropped in the segment of its birth
+    in_first = tl.load(tl.where(late, late_stop_ptr, stop_ptr) + row * N + born, mask=chosen, other=1) - 1
+    in_final = tl.load(start_ptr + row * N + expiry, mask=chosen & (expiry < N), other=1) - 1
+    ahead = tl.arange(0, AHEAD)[None, :]
+    for done in range(0, tl.max(final - first, 0) + 1, AHEAD):
+        segment = first + done + lane % AHEAD
+        here = segment <= final
+        slot = row * segments + segment
+        list_at = list_ptr + slot * CAP
+        end = tl.minimum((segment + 1) * SEGMENT, N)
+        whole = sat_end >= end
+        stays = here & (first < segment) & (expiry >= end)
+        dying_end = tl.load(bounds_ptr + slot * 5, mask=stays, other=0)
+        free = tl.load(bounds_ptr + slot * 5 + 1, mask=stays, other=0)
+        free_end = tl.load(bounds_ptr + slot * 5 + 2, mask=stays, other=0)
+        entry = _find(list_at, tl.where(whole, free, dying_end), tl.where(whole, free_end, free), j, stays, STEPS)
+        entry = tl.where(stays, entry, tl.where(first == segment, in_first, in_final))
+        at = tl.where(here, slot * CAP + entry, -1)
+        if GATE != GATE_NONE:
+            du += tl.sum(tl.reshape(tl.load(du_part_ptr + at, mask=here, other=0.0), [BLOCK, AHEAD]), 1)
+        at = tl.reshape(at, [BLOCK, AHEAD])
+        for a in tl.static_range(AHEAD):
+            source = tl.max(tl.where(ahead == a, at, -1), 1)
+            dk += load_rows(dk_part_ptr, source, D, source >= 0, D, BD, True)
+            dv += load_rows(dv_part_ptr, source, D, source >= 0, D, BD, True)
+    return dk, dv, du
 
 
 @triton.jit(do_not_specialize=["N", "M", "window", "segments", "chunks", "KV_HEADS"])
@@ -246,62 +297,46 @@ def reduce_kernel(
     SELECTED: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr, SEGMENT: tl.constexpr, PREFIX: tl.constexpr,
     BLOCK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
+    """dk and dv of BLOCK keys, of which the window's part was not all (``band_kernel``), and their du."""
     row = tl.program_id(1).to(tl.int64)
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = j < N
-    dk = tl.zeros([BLOCK, BD], tl.float32)
-    dv = tl.zeros([BLOCK, BD], tl.float32)
     du = tl.zeros([BLOCK], tl.float32)
-    if WINDOW:
-        dk = load_rows(dk_band_ptr, row * N + j, D, inside, D, BD, True)
-        dv = load_rows(dv_band_ptr, row * N + j, D, inside, D, BD, True)
-    if SELECTED:
-        born = j + window
-        expiry = tl.load(expiry_ptr + row * N + j, mask=inside, other=0)
+    if SELECTED or not WINDOW:
+        chosen = inside & (j < M)
+        if SELECTED:
+            expiry = tl.load(expiry_ptr + row * N + j, mask=chosen, other=0)
+            chosen = chosen & (expiry > j + window)
+        dk = tl.zeros([BLOCK, BD], tl.float32)
+        dv = tl.zeros([BLOCK, BD], tl.float32)
+        if WINDOW:
+            dk = load_rows(dk_band_ptr, row * N + j, D, chosen, D, BD, True)
+            dv = load_rows(dv_band_ptr, row * N + j, D, chosen, D, BD, True)
+        if SELECTED:
+            dk, dv, du = _parts(
+                dk, dv, du, dk_part_ptr, dv_part_ptr, du_part_ptr, expiry_ptr, sat_end_ptr, list_ptr, bounds_ptr,
+                start_ptr, stop_ptr, late_stop_ptr, row, N, M, window, segments, CAP, D, BD, GATE, SEGMENT, BLOCK,
+                STEPS,
+            )  # fmt: skip
+        batch = row // KV_HEADS
+        head = row % KV_HEADS
+        done = chosen if WINDOW else inside
+        store_rows(dk_ptr + batch * sdk_b + head * sdk_h, j, sdk_n, done, dk, D, BD, WIDE)
+        store_rows(dv_ptr + batch * sdv_b + head * sdv_h, j, sdv_n, done, dv, D, BD, WIDE)
+    if SELECTED and GATE != GATE_NONE:
         sat_end = tl.load(sat_end_ptr + row * N + j, mask=inside, other=0)
-        chosen = inside & (j < M) & (expiry > born)
-        first = tl.where(chosen, born // SEGMENT, segments)
-        final = tl.where(chosen, (expiry - 1) // SEGMENT, -1)
-        late = expiry < tl.minimum((first + 1) * SEGMENT, N)  # dropped in the segment of its birth
-        in_first = tl.load(tl.where(late, late_stop_ptr, stop_ptr) + row * N + born, mask=chosen, other=1) - 1
-        in_final = tl.load(start_ptr + row * N + expiry, mask=chosen & (expiry < N), other=1) - 1
-        segment = tl.min(first, 0)
-        last_segment = tl.max(final, 0)
-        while segment <= last_segment:
-            slot = row * segments + segment
-            list_at = list_ptr + slot * CAP
-            here = (first <= segment) & (segment <= final)
-            end = tl.minimum((segment + 1) * SEGMENT, N)
-            whole = sat_end >= end
-            stays = here & (first < segment) & (expiry >= end)
-            dying_end = tl.load(bounds_ptr + slot * 5)
-            free = tl.load(bounds_ptr + slot * 5 + 1)
-            free_end = tl.load(bounds_ptr + slot * 5 + 2)
-            entry = _find(list_at, tl.where(whole, free, dying_end), tl.where(whole, free_end, free), j, stays, STEPS)
-            entry = tl.where(stays, entry, tl.where(first == segment, in_first, in_final))
-            at = slot * CAP + entry
-            dk += load_rows(dk_part_ptr, at, D, here, D, BD, True)
-            dv += load_rows(dv_part_ptr, at, D, here, D, BD, True)
-            if GATE != GATE_NONE:
-                du += tl.load(du_part_ptr + at, mask=here, other=0.0)
-            segment += 1
-        if GATE != GATE_NONE:
-            sup_end = tl.load(sup_end_ptr + row * N + j, mask=inside, other=0)
-            spread = inside & (j < M) & (sup_end > sat_end)
-            prefix_ptr += row * (N + 1)
-            offset_ptr += row * chunks
-            taken = _prefix(prefix_ptr, offset_ptr, sup_end, spread, PREFIX)
-            taken -= _prefix(prefix_ptr, offset_ptr, sat_end, spread, PREFIX)
-            du = (du.to(tl.float64) - taken).to(tl.float32)
-    batch = row // KV_HEADS
-    head = row % KV_HEADS
-    store_rows(dk_ptr + batch * sdk_b + head * sdk_h, j, sdk_n, inside, dk, D, BD, WIDE)
-    store_rows(dv_ptr + batch * sdv_b + head * sdv_h, j, sdv_n, inside, dv, D, BD, WIDE)
+        sup_end = tl.load(sup_end_ptr + row * N + j, mask=inside, other=0)
+        spread = inside & (j < M) & (sup_end > sat_end)
+        prefix_ptr += row * (N + 1)
+        offset_ptr += row * chunks
+        taken = _prefix(prefix_ptr, offset_ptr, sup_end, spread, PREFIX)
+        taken -= _prefix(prefix_ptr, offset_ptr, sat_end, spread, PREFIX)
+        du = (du.to(tl.float64) - taken).to(tl.float32)
     tl.store(du_ptr + row * N + j, du, mask=inside)
 
 
 def _default(problem, device):
-    return Config(default_tile(problem, 32, 64, 3), BLOCK=4, reduce_warps=1)
+    return Config(default_tile(problem, 32, 64, 3), BLOCK=1, reduce_warps=1)
 
 
 def _check(config, problem, device):
@@ -335,7 +370,7 @@ TEMPLATE = Template(
         Param("num_warps", Choice((4, 8))),
         Param("num_stages", Choice((1, 2, 3))),
         Param("registers", Choice((255, 168, 128))),
-        Param("BLOCK", Pow2(2, 16)),
+        Param("BLOCK", Pow2(1, 4)),
         Param("reduce_warps", Choice((1, 2, 4))),
     ),
     default=_default,

@@ -282,7 +282,8 @@ def coarse(config: Config) -> tuple[int, int]:
 
 
 def _default(problem, device):
-    segment = 512 if problem.k <= 512 else 1024
+    # Short segments make more programs of short rows, and more partials of long ones for dkv to add up.
+    segment = 512 if problem.k <= 512 and problem.n <= 16384 else 1024
     return Config(SEGMENT=segment, BLOCK=1024, num_warps=8)
 
 

@@ -25,21 +25,20 @@ from typing import NamedTuple
 from .base import Choice, Config, Cost, Param, Pow2, Template, next_pow2
 from .filter import LATELY
 
-REGISTERS = 128  # a thread of the walk: it waits for memory most of the time, so 16 warps an SM matter more
 PROGRAMS = 6144  # of one launch of the walk, each with scratch of its own
 RUNS = 4  # merged by one round: more would be searched for longer than two rounds take
 TIMES = 128  # whose sums a program of the events finds at once
 PIECE = 4096  # events that it sorts at once
-PARTS = 8  # of a stretch, that windows of events may skip
-PART = 64  # keys: shorter ones are walked over as fast
+PARTS = 8  # of a stretch, at most, that windows of events may skip
+PART = 64  # keys, at least: shorter ones are walked over as fast
 FINE = 128  # keys of the first stretches
 FILTERED = 32768  # keys: of shorter rows leaving some out saves less than it takes
 MANY = 8  # times k: likewise
-BOUNDED = 2048  # keys that a program looks at at once for bounds
+BOUNDED = 1024  # keys that a program looks at at once for bounds
 RECENT = 1024  # keys, at least, from one bound of what was born lately to the next
 BLOCK = 1024  # keys that a program leaves out
 BACK = 256  # keys that a program puts back: more would wait for longer
-SPAN = 256  # events of a block where keys were left out, unless that makes more than 512 blocks
+SPAN = 256  # events of a block, unless a row has fewer, or more than 512 blocks of them
 
 
 class Cuts(NamedTuple):
@@ -75,7 +74,7 @@ def left(m: int, k: int) -> int:
 
 
 def cuts(m: int, k: int, chunk: int) -> Cuts:
-    """At most 4096 + 512 stretches and 1024 blocks.
+    """At most 4096 + 512 stretches and 512 blocks.
 
     Of scores without a trend the t-th is among the best k with a probability of k / t: so stretches that are as long
     as ``chunk / fine`` times k is far get equally much to do. Where keys were left out it is the same all along: fine
@@ -83,11 +82,10 @@ def cuts(m: int, k: int, chunk: int) -> Cuts:
     """
     chunk = max(chunk, next_pow2(-(-(m - k) // 4096)))
     log = (2 * m - 1).bit_length()
-    span = 1 << max(1, log - min(10, max(0, log - 2) // 2))
+    span = max(min(1 << max(1, log - max(0, log - 1) // 2), SPAN), 1 << max(0, log - 9))
     fine = min(chunk, FINE)
     if filtered(m, k):
         few = min(-(-(left(m, k) - k) // fine), 512)
-        span = max(min(span, SPAN), 1 << max(0, log - 9))
     else:
         while (few := -(-min((chunk // fine - 1) * k, m - k) // fine)) > 512:
             fine *= 2
@@ -106,7 +104,7 @@ def rounds(m: int, sort: int) -> list[int]:
 
 def parts(chunk: int) -> int:
     """Parts of a stretch: a window of events starts at the first part in which one of them can cross."""
-    return PARTS if chunk >= PARTS * PART else 1
+    return max(1, min(PARTS, chunk // PART))
 
 
 def ring(config: Config) -> int:
@@ -116,14 +114,15 @@ def ring(config: Config) -> int:
 
 def _default(problem, device):
     n = problem.n
-    chunk = next(size for most, size in ((8192, 64), (32768, 256), (262144, 512), (n, 1024)) if n <= most)
+    chunk = next(size for most, size in ((8192, 64), (65536, 256), (262144, 512), (n, 1024)) if n <= most)
     return Config(
         SORT=1024,
         CHUNK=chunk,
-        WINDOW=128 if n <= 8192 or filtered(n - problem.w, problem.k) else 256,
+        WINDOW=128,
         SCAN=512,
-        sort_warps=8,
+        sort_warps=16,
         walk_warps=2 if n <= 8192 else 4,
+        walk_registers=96,
     )
 
 
@@ -171,6 +170,7 @@ TEMPLATE = Template(
         Param("SCAN", Pow2(512, 4096)),
         Param("sort_warps", Choice((4, 8, 16))),
         Param("walk_warps", Choice((2, 4, 8))),
+        Param("walk_registers", Choice((96, 128))),  # a thread, at most: it waits mostly, so more warps an SM help
     ),
     default=_default,
     check=_check,

@@ -122,7 +122,7 @@ def _filtered_threshold(
     )
     _run(
         filter_t.bounds_kernel, (total, rows),
-        scores, lowest, n, k, bounds, stride, BLOCK=threshold_t.BOUNDED, num_warps=8,
+        scores, lowest, n, k, bounds, stride, BLOCK=threshold_t.BOUNDED, num_warps=4,
     )  # fmt: skip
     rest = (n, m, k, bounds, stride, total)
     _run(filter_t.count_kernel, (blocks, rows), scores, lowest, counts, *rest, BLOCK=block, num_warps=4)
@@ -186,7 +186,7 @@ def _threshold(
             tau, interior, expiry, sat_end, sup_end, size, first, stretches, blocks, m, n, window, k, fine, few,
             LOG=log, BLOCKS=next_pow2(blocks), SPAN=span, C=chunk, WINDOW=config["WINDOW"], SCAN=config["SCAN"],
             RING=ring, SUBS=threshold_t.parts(chunk), COUNTED=counted, num_warps=config["walk_warps"],
-            maxnreg=threshold_t.REGISTERS,
+            maxnreg=config["walk_registers"],
         )  # fmt: skip
 
 
@@ -348,7 +348,8 @@ def dkv(
         meta = {name: x for name, x in s.meta.items() if name != "GATE"}
         _run(
             dkv_t.band_kernel, (_cdiv(s.n, config["BN"]), s.rows),
-            dout, query, key, value, lse, delta, *band, *strides, s.n, window, scale, s.kv_heads, **meta, **tile,
+            dout, query, key, value, lse, delta, selection.expiry, *band, dk, dv, *strides, *dk.stride()[:3],
+            *dv.stride()[:3], s.n, window, scale, s.kv_heads, **meta, **tile,
         )  # fmt: skip
     if sched is not None and gate != "none":
         prefix = tuple(du.new_empty((s.rows, size), dtype=torch.float64) for size in (s.n + 1, chunks))

@@ -94,8 +94,8 @@ def test_main_shape_runs_on_wgmma():
         {"forward": {"BM": 128, "BN": 64, "num_warps": 8}, "dq": {"BM": 128, "BN": 32, "num_warps": 8}},
         {"dkv": {"BM": 32, "BN": 64, "num_stages": 3}, "schedule": {"SEGMENT": 2048, "BLOCK": 512}},
         {
-            "threshold": {"SORT": 2048, "CHUNK": 64, "WINDOW": 256, "SCAN": 512, "walk_warps": 2},
-            "dkv": {"BLOCK": 8, "reduce_warps": 2},
+            "threshold": {"SORT": 2048, "CHUNK": 64, "WINDOW": 256, "walk_warps": 2, "walk_registers": 128},
+            "dkv": {"BLOCK": 4, "reduce_warps": 2},
         },
     ],
     ids=["wide tiles", "long segments", "short stretches"],

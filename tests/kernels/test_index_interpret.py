@@ -36,7 +36,7 @@ SCORES = {
     "huge": lambda x, at: 1e30 * x,
 }
 # Several sorted chunks, stretches of two lengths, blocks of the table, scans and windows of the ring.
-SMALL = Config(SORT=32, CHUNK=16, WINDOW=32, SCAN=16, sort_warps=1, walk_warps=1)
+SMALL = Config(SORT=32, CHUNK=16, WINDOW=32, SCAN=16, sort_warps=1, walk_warps=1, walk_registers=128)
 OTHERS = [
     Config({**SMALL, "SORT": 64, "CHUNK": 64, "WINDOW": 16}),  # windows that an event range fills often
     Config({**SMALL, "SORT": 128, "SCAN": 64, "WINDOW": 16}),  # more is scanned at once than a window takes

@@ -22,7 +22,7 @@ find = dkv._find
 def find_kernel(list_ptr, lo_ptr, hi_ptr, j_ptr, out_ptr, BLOCK: tl.constexpr, STEPS: tl.constexpr):
     at = tl.arange(0, BLOCK)
     lo, hi = tl.load(lo_ptr + at), tl.load(hi_ptr + at)
-    tl.store(out_ptr + at, find(list_ptr, lo, hi, tl.load(j_ptr + at), hi > lo, STEPS))
+    tl.store(out_ptr + at, find(list_ptr + at * 0, lo, hi, tl.load(j_ptr + at), hi > lo, STEPS))
 
 
 @pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 500, 1023, 1024, 1025, 4096])
