@@ -34,8 +34,8 @@ from .tiles import (
 )
 from .tiles import __file__ as tiles_file
 
-SMALL = tl.constexpr(2.0**-32)  # a softmax sum outside of these may have lost something: it is done again
-LARGE = tl.constexpr(2.0**32)
+SMALL = tl.constexpr(2.0**-80)  # a softmax sum outside of these may have lost something: it is done again
+LARGE = tl.constexpr(2.0**80)  # leaves values up to 2^47
 
 
 @triton.jit

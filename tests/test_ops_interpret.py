@@ -150,15 +150,17 @@ def test_very_large_scores_stay_finite(size):
     assert torch.equal(sparsek_select(tensors[3], 8, window=4)[1], reference.select(tensors[3].double(), 8, 4).expiry)
 
 
+@pytest.mark.parametrize("far", [40, 100])
 @pytest.mark.parametrize("kind", ["higher later", "higher first"])
 @pytest.mark.parametrize(("k", "w"), [(4, 0), (12, 10)])
-def test_logits_far_from_those_of_the_first_keys(kind, k, w):
-    """exp(100) above or below what the softmax is taken relative to: the sums leave their range, and are done again."""
+def test_logits_far_from_those_of_the_first_keys(far, kind, k, w):
+    """exp(far) above or below what the softmax is taken relative to: the sums come near the end of their range (40), or
+    leave it and are done again (100)."""
     case = Case(n=70, k=k, w=w, g=1, scores="rising")
     tensors = case.tensors()
     late = torch.arange(70) >= 35
     with torch.no_grad():
-        tensors[0][..., 0] = 100 * 32**0.5
+        tensors[0][..., 0] = far * 32**0.5
         tensors[1][..., 0] = (late if kind == "higher later" else ~late).float()
     check(case, tensors, tolerance=3e-5)  # float32 rounds a logit of 100 by up to 4e-6
 
