@@ -112,7 +112,7 @@ def main() -> None:
     print(f"{'argument checks, seen before':42}{microseconds(lambda: arguments.check_attention(*checks)):8.1f}")
     print(f"{'argument checks':42}{microseconds(lambda: arguments._check_attention(*checks)):8.1f}")
     plans = [p for p in replay._plans.values() if isinstance(p, replay.Plan)]
-    print("launches of the calls above:", *(f"{len(p.steps)} ({p.workspace * 4 >> 20} MiB scratch)" for p in plans))
+    print("launches of the calls above:", *("+".join(str(len(phase.steps)) for phase in p.phases) for p in plans))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from .arguments import (
     check_select,
     compute_dtype,
 )
+from .context import transformed, unseen
 from .flops import attention_flops, backward_flops
 from .problem import Problem, target_device
 from .reference import Selection
@@ -97,20 +98,11 @@ def sparsek_attention(
         query, key, value = (t.to(compute_dtype(t)) for t in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     args = query, key, value, scores, k, window, scale, gate
-    if _transformed():
+    if transformed():
         return _Attention.apply(*args)[0]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, scores)):
         return _EagerAttention.apply(*args)
-    return ATTENTION(*args)[0]
-
-
-def _transformed() -> bool:
-    """Whether the call is traced, or within a transform of torch.func or forward-mode differentiation."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    return (_attention(*args, wanted=1) if unseen(*args[:4]) else ATTENTION(*args))[0]
 
 
 def problem_of(query: Tensor, key: Tensor, k: int, window: int, gate: str) -> Problem:
@@ -175,10 +167,12 @@ def _runs_kernels(t: Tensor) -> bool:
 
 @functools.cache
 def _default_configs(problem: Problem) -> Mapping[str, Any]:
-    """Configs for the interpreter, for which nothing is tuned."""
+    """Configs for the interpreter, for which nothing is tuned. It runs programs one by one: the fewer the better."""
     from .kernel_templates import TEMPLATES
+    from .kernel_templates.base import Config
 
-    return {name: template.default(problem, target_device("cuda:90")) for name, template in TEMPLATES.items()}
+    configs = {name: template.default(problem, target_device("cuda:90")) for name, template in TEMPLATES.items()}
+    return {**configs, "dkv": Config({**configs["dkv"], "BLOCK": 4})}
 
 
 def _configs(problem: Problem, device: torch.device) -> Mapping[str, Any]:
@@ -241,24 +235,25 @@ def _select_anew(call: Any, tensors: tuple[Tensor, ...], k: int, window: int) ->
         return _launched(call, kernels, tensors)
 
 
-def _attention(query, key, value, scores, k, window, scale, gate) -> tuple[Tensor, ...]:
+def _attention(query, key, value, scores, k, window, scale, gate, wanted=7) -> tuple[Tensor, ...]:
+    """wanted: how many of the results; the others are allocated with the workspace."""
     tensors = query, key, value, _single(scores)
-    return _replayed("attention", _attention_anew, tensors, k, window, scale, gate)
+    return _replayed("attention", _attention_anew, tensors, k, window, scale, gate, wanted)
 
 
 @torch.no_grad()
-def _attention_anew(call: Any, tensors: tuple[Tensor, ...], k, window, scale, gate) -> tuple[Tensor, ...]:
+def _attention_anew(call: Any, tensors: tuple[Tensor, ...], k, window, scale, gate, wanted) -> tuple[Tensor, ...]:
     query, key, value, scores = tensors
     check_attention(query, key, value, scores, k, window, scale, gate)
     if not _runs_kernels(query):
         args = query, key, value, _widen(scores, query.dtype)
-        return tuple(reference.attention_forward(*args, k, window, scale, gate))
+        return tuple(reference.attention_forward(*args, k, window, scale, gate))[:wanted]
     n = query.shape[2]
     with _on(query.device):
         configs = _configs(problem_of(query, key, k, window, gate), query.device)
 
         def kernels(*tensors: Tensor) -> tuple[Tensor, ...]:
-            return _modules()[0].attention(*tensors, min(k, n), min(window, n), scale, gate, configs)
+            return _modules()[0].attention(*tensors, min(k, n), min(window, n), scale, gate, configs)[:wanted]
 
         return _launched(call, kernels, tensors)
 
@@ -348,7 +343,8 @@ class _EagerAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, scores, k, window, scale, gate):
-        out, *rest = ATTENTION(query, key, value, scores, k, window, scale, gate)
+        attention = _attention if unseen(query, key, value, scores) else ATTENTION
+        out, *rest = attention(query, key, value, scores, k, window, scale, gate)
         ctx.save_for_backward(query, key, value, scores, out, *rest)
         ctx.set_materialize_grads(False)
         ctx.options = k, window, scale, gate

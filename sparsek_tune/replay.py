@@ -27,7 +27,7 @@ from .launcher import Bound, Launch
 
 MOST = 1024  # calls remembered; a few kilobytes each
 ALIGNED = 512  # bytes: how PyTorch's own allocations are aligned
-WORTH = 1 << 20  # bytes that a second phase must save: it costs an allocation
+WORTH = 16 << 20  # bytes that a second phase must save: it costs two allocations, a tenth of a short call's host time
 
 _ALLOCATING = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
 _plans: dict[Any, Plan | bool] = {}  # True: seen once; False: cannot be replayed

@@ -96,7 +96,7 @@ def test_the_third_call_is_replayed(kernel):
 
 def test_a_replay_frees_what_later_launches_do_not_need(kernel, monkeypatch):
     """Scratch that the call drops before it allocates a result is gone in the replay too."""
-    wide, kept = 1 << 18, SIZE
+    wide, kept = 1 << 22, SIZE
 
     def function(x, y):
         early, held = x.new_empty(kept), x.new_empty(kept)
@@ -156,7 +156,7 @@ def test_results_of_any_shape_and_nothing_at_all(kernel):
     copy = Copy()
 
     def function(x, y):
-        nothing, wide = x.new_empty(0), x.new_empty(1 << 18)
+        nothing, wide = x.new_empty(0), x.new_empty(1 << 22)
         mix(copy, wide, x, nothing)
         del wide
         late = x.new_empty((2, 1 << 17))
