@@ -34,10 +34,10 @@ unit: $(VENV)/.installed-dev
 	$(PYTEST) -m "not gpu and not interpret and not compile90"
 
 interpret: $(VENV)/.installed-dev
-	TRITON_INTERPRET=1 $(PYTEST) -m interpret
+	TRITON_INTERPRET=1 $(PYTEST) -m interpret -n auto
 
 compile90: $(VENV)/.installed-dev
-	$(PYTEST) -m compile90
+	$(PYTEST) -m compile90 -n auto
 
 test-gpu: $(VENV)/.installed-dev
 	$(PYTEST) -m gpu
