@@ -297,32 +297,27 @@ def reduce_kernel(
     SELECTED: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr, SEGMENT: tl.constexpr, PREFIX: tl.constexpr,
     BLOCK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of BLOCK keys, of which the window's part was not all (``band_kernel``), and their du."""
+    """du of BLOCK keys, and dk and dv: with a window of those that queries select, ``band_kernel`` wrote the others."""
     row = tl.program_id(1).to(tl.int64)
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = j < N
     du = tl.zeros([BLOCK], tl.float32)
-    if SELECTED or not WINDOW:
-        chosen = inside & (j < M)
-        if SELECTED:
-            expiry = tl.load(expiry_ptr + row * N + j, mask=chosen, other=0)
-            chosen = chosen & (expiry > j + window)
+    if SELECTED:
+        own = inside
         dk = tl.zeros([BLOCK, BD], tl.float32)
         dv = tl.zeros([BLOCK, BD], tl.float32)
         if WINDOW:
-            dk = load_rows(dk_band_ptr, row * N + j, D, chosen, D, BD, True)
-            dv = load_rows(dv_band_ptr, row * N + j, D, chosen, D, BD, True)
-        if SELECTED:
-            dk, dv, du = _parts(
-                dk, dv, du, dk_part_ptr, dv_part_ptr, du_part_ptr, expiry_ptr, sat_end_ptr, list_ptr, bounds_ptr,
-                start_ptr, stop_ptr, late_stop_ptr, row, N, M, window, segments, CAP, D, BD, GATE, SEGMENT, BLOCK,
-                STEPS,
-            )  # fmt: skip
+            own = tl.load(expiry_ptr + row * N + j, mask=inside, other=0) > j + window
+            dk = load_rows(dk_band_ptr, row * N + j, D, own, D, BD, True)
+            dv = load_rows(dv_band_ptr, row * N + j, D, own, D, BD, True)
+        dk, dv, du = _parts(
+            dk, dv, du, dk_part_ptr, dv_part_ptr, du_part_ptr, expiry_ptr, sat_end_ptr, list_ptr, bounds_ptr, start_ptr,
+            stop_ptr, late_stop_ptr, row, N, M, window, segments, CAP, D, BD, GATE, SEGMENT, BLOCK, STEPS,
+        )  # fmt: skip
         batch = row // KV_HEADS
         head = row % KV_HEADS
-        done = chosen if WINDOW else inside
-        store_rows(dk_ptr + batch * sdk_b + head * sdk_h, j, sdk_n, done, dk, D, BD, WIDE)
-        store_rows(dv_ptr + batch * sdv_b + head * sdv_h, j, sdv_n, done, dv, D, BD, WIDE)
+        store_rows(dk_ptr + batch * sdk_b + head * sdk_h, j, sdk_n, own, dk, D, BD, WIDE)
+        store_rows(dv_ptr + batch * sdv_b + head * sdv_h, j, sdv_n, own, dv, D, BD, WIDE)
     if SELECTED and GATE != GATE_NONE:
         sat_end = tl.load(sat_end_ptr + row * N + j, mask=inside, other=0)
         sup_end = tl.load(sup_end_ptr + row * N + j, mask=inside, other=0)

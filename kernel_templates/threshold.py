@@ -38,7 +38,7 @@ BOUNDED = 1024  # keys that a program looks at at once for bounds
 RECENT = 1024  # keys, at least, from one bound of what was born lately to the next
 BLOCK = 1024  # keys that a program leaves out
 BACK = 256  # keys that a program puts back: more would wait for longer
-SPAN = 256  # events of a block, unless a row has fewer, or more than 512 blocks of them
+SPAN = 256  # events of a block; fewer up to 4096 keys, more where there would be over 512 blocks
 
 
 class Cuts(NamedTuple):

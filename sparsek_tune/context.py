@@ -25,6 +25,7 @@ def unseen(*tensors: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and _PLAIN.issuperset(map(type, tensors))
         and not tensors[0].is_meta
+        and not any(map(Tensor.is_neg, tensors))  # the dispatcher would resolve it
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and not torch._C._are_functorch_transforms_active()

@@ -89,6 +89,15 @@ def test_meta_tensors_have_shapes_alone(dispatched):
     assert dispatched == ["sparsek::attention"] and out.is_meta and out.shape == make()[0].shape
 
 
+def test_negative_views_are_resolved(dispatched):
+    """Their sign is a flag of the tensor, which kernels do not read."""
+    query, *rest = make()
+    negative = torch.complex(query, -query).conj().imag
+    assert negative.is_neg()
+    out = attend([negative, *rest])
+    assert dispatched == ["sparsek::attention"] and torch.equal(out, attend([query, *rest]))
+
+
 def test_inference_mode(dispatched):
     with torch.inference_mode():
         out = attend(make())

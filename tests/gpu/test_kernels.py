@@ -156,7 +156,13 @@ def lengths() -> dict[str, list[Case]]:
     return found
 
 
-CASES = {**shapes(), **without_a_window(), **score_kinds(), **lengths()}
+def long_lives() -> dict[str, list[Case]]:
+    """Keys that all later segments have, more than dkv's reduction looks for at a time."""
+    base = Case(n=6000, scores="falling")
+    return {"twelve-segments": [base, replace(base, w=0, dtype=BF16), replace(base, n=3000, k=512, d=128, dtype=BF16)]}
+
+
+CASES = {**shapes(), **without_a_window(), **score_kinds(), **lengths(), **long_lives()}
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +218,24 @@ def test_a_query_that_sees_one_key_has_no_gradient(dtype, w):
     out = sparsek_attention(query, *others, 100, window=w)
     out.backward(torch.randn_like(out))
     assert query.grad[:, :, 0].abs().max() < 1e-4 * query.grad[:, :, 1].abs().max()
+
+
+@pytest.mark.parametrize("far", [40, 85])
+@pytest.mark.parametrize("higher", ["first", "later"])
+@pytest.mark.parametrize("w", [0, 70])
+def test_logits_far_from_those_of_the_first_keys(far, higher, w):
+    """exp(far) above or below what a tile's softmax is taken relative to: within the range of its sums (40), or beyond,
+    so that it is done again (85)."""
+    case = Case(d=128, g=4, dtype=BF16, n=1300, w=w, gate="v")
+    tensors = case.tensors()
+    late = torch.arange(case.n, device="cuda") >= case.n // 2
+    with torch.no_grad():
+        tensors[0][..., 0] = far * 128**0.5
+        tensors[1][..., 0] = (late if higher == "later" else ~late).to(BF16)
+        tensors[3].copy_(torch.arange(case.n, device="cuda") / 64)
+    out = sparsek_attention(*tensors, case.k, window=w, gate="v")
+    exact = reference.attention_forward(*(t.detach().double() for t in tensors), case.k, w, 128**-0.5, "v")
+    assert relative_error(out, exact[0]) < TOLERANCE[BF16]
 
 
 # Stages, each through its own launch function

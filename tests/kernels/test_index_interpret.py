@@ -151,12 +151,12 @@ def test_budgets_around_the_number_of_candidates(k):
 
 
 @pytest.mark.parametrize("kind", ["random", "ties", "rising", "all dropped at once"])
-@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("parts", [0, 2, 8])  # keys of the shortest; 0: as long rows have them
 @pytest.mark.parametrize("k", [9, 40])  # filtered and not
 def test_results_do_not_depend_on_the_config(kind, parts, k, short_stretches, filtering, monkeypatch):
     if parts:
         monkeypatch.setattr(threshold, "PROGRAMS", 6)  # several launches of the walk
-        monkeypatch.setattr(threshold, "PART", 2)
+        monkeypatch.setattr(threshold, "PART", parts)
         monkeypatch.setattr(threshold, "TIMES", 4)  # the events' programs find several one after the other
         monkeypatch.setattr(threshold, "PIECE", 4)  # of which they sort several
     u = make_scores(kind, 90)
@@ -174,7 +174,7 @@ def test_cuts_cover_the_row_and_stay_bounded(m, budget, chunk):
     assert c.fine * max(0, c.few - 1) + c.chunk * max(0, c.stretches - c.few - 1) < m - k  # none is empty
     assert (c.blocks - 1) * c.span < 2 * m <= c.blocks * c.span
     assert 2 * k << max(0, threshold.bounds(m, k) - 1) < max(m, 2 * k + 1) and 2 * k << threshold.bounds(m, k) >= m
-    assert c.blocks <= 1024 and c.stretches <= 4096 + 512
+    assert c.blocks <= 512 and c.stretches <= 4096 + 512
 
 
 @pytest.mark.parametrize("kind", ["random", "ties", "rising", "falling"])
