@@ -42,7 +42,7 @@ def compile_all(problem: Problem, **overrides: dict):
     [
         Problem.of("bf16", 128, 4, "kv", 1024, 512, 16384, 8),
         Problem.of("fp16", 64, 1, "v", 512, 0, 4096, 12),
-        Problem.of("bf16", 64, 1, "kv", 512, 512, 4096, 12),
+        Problem.of("fp16", 64, 1, "v", 512, 512, 4096, 12),
         Problem.of("bf16", 80, 7, "none", 256, 64, 8192, 4),
         Problem.of("bf16", 256, 2, "kv", 512, 512, 8192, 4),
         Problem.of("fp32", 128, 4, "kv", 512, 512, 8192, 8),
