@@ -6,7 +6,7 @@ set -uo pipefail
 out=${1:?usage: benchmarks/published.sh FOLDER}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-export PYTHONPATH=${PEERS:-}${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH=${PEERS:+$PEERS${PYTHONPATH:+:}}${PYTHONPATH:-}
 
 lengths=(n=65536,k=1024,w=0 n=65536,k=512,w=512 n=4096,k=512,w=0 n=8192,k=512,w=0 n=16384,k=1024,w=0 n=32768,k=1024,w=0)
 long=n=131072,k=1024,w=0
@@ -21,7 +21,7 @@ bench() { # SECONDS_IN_ALL OPTIONS...
 }
 
 compile() { # OPTIONS...: what such a run compiles lies in the caches afterwards
-    bench 150 --seconds 0.01 "$@" > "$scratch/log.$RANDOM" 2>&1 &
+    bench 150 --seconds 0.01 "$@" > /dev/null 2>&1 & # what fails here fails again below, and says why
 }
 
 python3 examples/train_bytes.py --dim 1024 --steps 100 --log-every 50 \

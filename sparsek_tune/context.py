@@ -20,14 +20,13 @@ def transformed() -> bool:
 
 def unseen(*tensors: Tensor) -> bool:
     """Whether PyTorch's dispatcher, which takes 15 microseconds, would do nothing with an op on these tensors but call
-    its implementation. Not where the op is compiled, or seen by a mode, a tensor subclass or a profiler."""
+    its implementation. Not where the call is transformed, or seen by a mode, a tensor subclass or a profiler."""
     return (
-        not torch.compiler.is_compiling()
+        not transformed()
         and _PLAIN.issuperset(map(type, tensors))
         and not tensors[0].is_meta
         and not any(map(Tensor.is_neg, tensors))  # the dispatcher would resolve it
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
-        and not torch._C._are_functorch_transforms_active()
         and not torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
     )

@@ -55,13 +55,13 @@ class Tagged(torch.Tensor):
 
 
 @pytest.mark.parametrize(
-    "context", [Watch, lambda: FlopCounterMode(display=False), lambda: torch.device("cpu"), torch.profiler.profile]
+    "within", [Watch, lambda: FlopCounterMode(display=False), lambda: torch.device("cpu"), torch.profiler.profile]
 )
-def test_modes_and_profilers_see_the_op(context, dispatched):
+def test_modes_and_profilers_see_the_op(within, dispatched):
     tensors = make(grad=True)
-    with context():
+    with within():
         attend(tensors)
-    with context(), torch.no_grad():
+    with within(), torch.no_grad():
         attend(tensors)
     assert dispatched == ["sparsek::attention"] * 2
 
