@@ -245,47 +245,50 @@ def _find(list_ptr, lo, hi, j, todo, STEPS: tl.constexpr):
 
 
 @triton.jit
+def _add_row(x, part_ptr, source, D: tl.constexpr, BD: tl.constexpr):
+    """x plus row ``source`` of the partials; none where it is negative."""
+    d = tl.arange(0, BD)
+    return x + tl.load(part_ptr + source * D + d, mask=(source >= 0) & (d < D), other=0.0)
+
+
+@triton.jit
 def _parts(
-    dk, dv, du, dk_part_ptr, dv_part_ptr, du_part_ptr, expiry_ptr, sat_end_ptr, list_ptr, bounds_ptr, start_ptr,
-    stop_ptr, late_stop_ptr, row, N, M, window, segments, CAP, D: tl.constexpr, BD: tl.constexpr, GATE: tl.constexpr,
-    SEGMENT: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+    dk, dv, dk_part_ptr, dv_part_ptr, du_part_ptr, j, expiry, sat_end, list_ptr, bounds_ptr, start_ptr, stop_ptr,
+    late_stop_ptr, row, N, window, segments, CAP, D: tl.constexpr, BD: tl.constexpr, GATE: tl.constexpr,
+    SEGMENT: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Add the partials of a program's keys, each key's by segment. A lane looks for one entry: of key ``lane // AHEAD``
-    in one of AHEAD segments, so that all wait for memory at the same time."""
-    lane = tl.arange(0, BLOCK * AHEAD)
-    j = tl.program_id(0) * BLOCK + lane // AHEAD
+    """Add the partials of selected key j to dk and dv, by segment; returns the sum of du's, too. A lane looks for the
+    key's entry in one of AHEAD segments, so that all wait for memory at the same time."""
+    lane = tl.arange(0, AHEAD)
+    du = tl.zeros([AHEAD], tl.float32)
     born = j + window
-    expiry = tl.load(expiry_ptr + row * N + j, mask=j < M, other=0)
-    sat_end = tl.load(sat_end_ptr + row * N + j, mask=j < M, other=0)
-    chosen = (j < M) & (expiry > born)
-    first = tl.where(chosen, born // SEGMENT, segments)
-    final = tl.where(chosen, (expiry - 1) // SEGMENT, -1)
+    first = born // SEGMENT
+    final = (expiry - 1) // SEGMENT
     late = expiry < tl.minimum((first + 1) * SEGMENT, N)  # dropped in the segment of its birth
-    in_first = tl.load(tl.where(late, late_stop_ptr, stop_ptr) + row * N + born, mask=chosen, other=1) - 1
-    in_final = tl.load(start_ptr + row * N + expiry, mask=chosen & (expiry < N), other=1) - 1
-    ahead = tl.arange(0, AHEAD)[None, :]
-    for done in range(0, tl.max(final - first, 0) + 1, AHEAD):
-        segment = first + done + lane % AHEAD
+    in_first = tl.load(tl.where(late, late_stop_ptr, stop_ptr) + row * N + born) - 1
+    in_final = tl.load(start_ptr + row * N + expiry, mask=expiry < N, other=1) - 1
+    for done in range(first, final + 1, AHEAD):
+        segment = done + lane
         here = segment <= final
         slot = row * segments + segment
-        list_at = list_ptr + slot * CAP
         end = tl.minimum((segment + 1) * SEGMENT, N)
         whole = sat_end >= end
         stays = here & (first < segment) & (expiry >= end)
         dying_end = tl.load(bounds_ptr + slot * 5, mask=stays, other=0)
         free = tl.load(bounds_ptr + slot * 5 + 1, mask=stays, other=0)
         free_end = tl.load(bounds_ptr + slot * 5 + 2, mask=stays, other=0)
-        entry = _find(list_at, tl.where(whole, free, dying_end), tl.where(whole, free_end, free), j, stays, STEPS)
+        entry = _find(
+            list_ptr + slot * CAP, tl.where(whole, free, dying_end), tl.where(whole, free_end, free), j, stays, STEPS
+        )  # fmt: skip
         entry = tl.where(stays, entry, tl.where(first == segment, in_first, in_final))
         at = tl.where(here, slot * CAP + entry, -1)
         if GATE != GATE_NONE:
-            du += tl.sum(tl.reshape(tl.load(du_part_ptr + at, mask=here, other=0.0), [BLOCK, AHEAD]), 1)
-        at = tl.reshape(at, [BLOCK, AHEAD])
+            du += tl.load(du_part_ptr + at, mask=here, other=0.0)
         for a in tl.static_range(AHEAD):
-            source = tl.max(tl.where(ahead == a, at, -1), 1)
-            dk += load_rows(dk_part_ptr, source, D, source >= 0, D, BD, True)
-            dv += load_rows(dv_part_ptr, source, D, source >= 0, D, BD, True)
-    return dk, dv, du
+            source = tl.max(tl.where(lane == a, at, -1), 0)
+            dk = _add_row(dk, dk_part_ptr, source, D, BD)
+            dv = _add_row(dv, dv_part_ptr, source, D, BD)
+    return dk, dv, tl.sum(du, 0)
 
 
 @triton.jit(do_not_specialize=["N", "M", "window", "segments", "chunks", "KV_HEADS"])
@@ -297,29 +300,44 @@ def reduce_kernel(
     SELECTED: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr, SEGMENT: tl.constexpr, PREFIX: tl.constexpr,
     BLOCK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """du of BLOCK keys, and dk and dv: with a window of those that queries select, ``band_kernel`` wrote the others."""
+    """du of BLOCK keys, and dk and dv: with a window of those that queries select, ``band_kernel`` wrote the others.
+
+    Keys that no query selects, in general nearly all, are done with together, the others one by one."""
     row = tl.program_id(1).to(tl.int64)
-    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.arange(0, BLOCK)
+    j = tl.program_id(0) * BLOCK + at
     inside = j < N
     du = tl.zeros([BLOCK], tl.float32)
+    sat_end = tl.load(sat_end_ptr + row * N + j, mask=inside, other=0)
     if SELECTED:
-        own = inside
-        dk = tl.zeros([BLOCK, BD], tl.float32)
-        dv = tl.zeros([BLOCK, BD], tl.float32)
-        if WINDOW:
-            own = tl.load(expiry_ptr + row * N + j, mask=inside, other=0) > j + window
-            dk = load_rows(dk_band_ptr, row * N + j, D, own, D, BD, True)
-            dv = load_rows(dv_band_ptr, row * N + j, D, own, D, BD, True)
-        dk, dv, du = _parts(
-            dk, dv, du, dk_part_ptr, dv_part_ptr, du_part_ptr, expiry_ptr, sat_end_ptr, list_ptr, bounds_ptr, start_ptr,
-            stop_ptr, late_stop_ptr, row, N, M, window, segments, CAP, D, BD, GATE, SEGMENT, BLOCK, STEPS,
-        )  # fmt: skip
-        batch = row // KV_HEADS
-        head = row % KV_HEADS
-        store_rows(dk_ptr + batch * sdk_b + head * sdk_h, j, sdk_n, own, dk, D, BD, WIDE)
-        store_rows(dv_ptr + batch * sdv_b + head * sdv_h, j, sdv_n, own, dv, D, BD, WIDE)
+        dk_ptr += row // KV_HEADS * sdk_b + row % KV_HEADS * sdk_h
+        dv_ptr += row // KV_HEADS * sdv_b + row % KV_HEADS * sdv_h
+        expiry = tl.load(expiry_ptr + row * N + j, mask=inside, other=0)
+        chosen = (j < M) & (expiry > j + window)
+        if not WINDOW:
+            zero = tl.zeros([BLOCK, BD], tl.float32)
+            store_rows(dk_ptr, j, sdk_n, inside & ~chosen, zero, D, BD, WIDE)
+            store_rows(dv_ptr, j, sdv_n, inside & ~chosen, zero, D, BD, WIDE)
+        left = tl.where(chosen, at, BLOCK)
+        next_ = tl.min(left, 0)
+        while next_ < BLOCK:
+            here = at == next_
+            key = tl.program_id(0) * BLOCK + next_
+            source = tl.where(WINDOW, row * N + key, -1)
+            dk = _add_row(tl.zeros([BD], tl.float32), dk_band_ptr, source, D, BD)
+            dv = _add_row(tl.zeros([BD], tl.float32), dv_band_ptr, source, D, BD)
+            dk, dv, direct = _parts(
+                dk, dv, dk_part_ptr, dv_part_ptr, du_part_ptr, key, tl.sum(tl.where(here, expiry, 0), 0),
+                tl.sum(tl.where(here, sat_end, 0), 0), list_ptr, bounds_ptr, start_ptr, stop_ptr, late_stop_ptr, row, N,
+                window, segments, CAP, D, BD, GATE, SEGMENT, STEPS,
+            )  # fmt: skip
+            du = tl.where(here, direct, du)
+            own = key + tl.arange(0, 1)
+            store_rows(dk_ptr, own, sdk_n, own >= 0, dk[None, :], D, BD, WIDE)
+            store_rows(dv_ptr, own, sdv_n, own >= 0, dv[None, :], D, BD, WIDE)
+            left = tl.where(here, BLOCK, left)
+            next_ = tl.min(left, 0)
     if SELECTED and GATE != GATE_NONE:
-        sat_end = tl.load(sat_end_ptr + row * N + j, mask=inside, other=0)
         sup_end = tl.load(sup_end_ptr + row * N + j, mask=inside, other=0)
         spread = inside & (j < M) & (sup_end > sat_end)
         prefix_ptr += row * (N + 1)
@@ -331,7 +349,7 @@ def reduce_kernel(
 
 
 def _default(problem, device):
-    return Config(default_tile(problem, 32, 64, 3), BLOCK=1, reduce_warps=1)
+    return Config(default_tile(problem, 32, 64, 3), BLOCK=16, reduce_warps=1)
 
 
 def _check(config, problem, device):
@@ -365,7 +383,7 @@ TEMPLATE = Template(
         Param("num_warps", Choice((4, 8))),
         Param("num_stages", Choice((1, 2, 3))),
         Param("registers", Choice((255, 168, 128))),
-        Param("BLOCK", Pow2(1, 4)),
+        Param("BLOCK", Pow2(8, 64)),  # keys of a program of the reduction
         Param("reduce_warps", Choice((1, 2, 4))),
     ),
     default=_default,

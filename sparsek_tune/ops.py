@@ -167,12 +167,10 @@ def _runs_kernels(t: Tensor) -> bool:
 
 @functools.cache
 def _default_configs(problem: Problem) -> Mapping[str, Any]:
-    """Configs for the interpreter, for which nothing is tuned. It runs programs one by one: the fewer the better."""
+    """Configs for the interpreter, for which nothing is tuned."""
     from .kernel_templates import TEMPLATES
-    from .kernel_templates.base import Config
 
-    configs = {name: template.default(problem, target_device("cuda:90")) for name, template in TEMPLATES.items()}
-    return {**configs, "dkv": Config({**configs["dkv"], "BLOCK": 4})}
+    return {name: template.default(problem, target_device("cuda:90")) for name, template in TEMPLATES.items()}
 
 
 def _configs(problem: Problem, device: torch.device) -> Mapping[str, Any]:

@@ -96,7 +96,7 @@ def test_main_shape_runs_on_wgmma():
         {"dkv": {"BM": 32, "BN": 64, "num_stages": 3}, "schedule": {"SEGMENT": 2048, "BLOCK": 512}},
         {
             "threshold": {"SORT": 2048, "CHUNK": 64, "WINDOW": 256, "walk_warps": 2, "walk_registers": 128},
-            "dkv": {"BLOCK": 4, "reduce_warps": 2},
+            "dkv": {"BLOCK": 64, "reduce_warps": 2},
         },
     ],
     ids=["wide tiles", "long segments", "short stretches"],
