@@ -34,8 +34,9 @@ from .tiles import (
 )
 from .tiles import __file__ as tiles_file
 
-SMALL = tl.constexpr(2.0**-80)  # a softmax sum outside of these may have lost something: it is done again
-LARGE = tl.constexpr(2.0**80)  # leaves values up to 2^47
+ABOVE = tl.constexpr(80.0)  # of the largest logit of some keys is what is subtracted from all, in base 2
+SMALL = tl.constexpr(2.0**-90)  # a softmax sum outside of these may have lost something: it is done again
+LARGE = tl.constexpr(2.0**110)  # leaves values up to 2^17
 
 
 @triton.jit
@@ -53,6 +54,32 @@ def _accumulate(acc, peak, norm, x, g, v, GATED: tl.constexpr, ONLINE: tl.conste
         p = p * g
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
     return acc, peak, norm
+
+
+@triton.jit
+def _reference(
+    q, k_ptr, sk_n, list_ptr, runs, local, log_scale, D: tl.constexpr, BD: tl.constexpr, GATE: tl.constexpr,
+    WIDE: tl.constexpr, SELECTED: tl.constexpr, WINDOW: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """What is subtracted from each row's logits. Softmax does not care, as long as nothing leaves the range of float32
+    (and bfloat16): the largest logit of a few keys will do, and spares the running maximum. They are from all over the
+    part of the list that every query sees, so no sum is below 2^-ABOVE: the reference is as high as that allows. Where
+    there is no such part they are the window's last, up to ``local``, or the list's first."""
+    n = tl.arange(0, BN)
+    j = tl.maximum(local - n, 0)
+    most = tl.full([BN], float("inf"), tl.float32)
+    if SELECTED:
+        lo, clear, plain, end, born, hi = runs
+        entry = tl.where(born > clear, clear + n * (born - clear) // BN, lo + n)
+        inside = entry < hi
+        if WINDOW:
+            inside = inside & (born > clear)
+        j = tl.where(inside, tl.load(list_ptr + entry, mask=inside, other=0), j)
+        if GATE == GATE_KV:  # a gate leaves of a logit what is between 0 and all of it
+            most = tl.where(inside & ((entry < plain) | (entry >= end)), 0.0, most)
+    k = load_rows(k_ptr, j, sk_n, n < BN, D, BD, WIDE)
+    x = tl.dot(q, tl.trans(k), input_precision="ieee") * log_scale
+    return tl.max(tl.minimum(x, most[None, :]), 1) + ABOVE
 
 
 @triton.jit
@@ -122,9 +149,6 @@ def forward_kernel(
     if WIDE:
         at_row = i.to(tl.int64) * sq_n + h.to(tl.int64) * sq_h
     q = load_rows(q_ptr, at_row, 1, ok, D, BD, WIDE)
-    tau = tl.load(tau_ptr + row * N + i, mask=i < N, other=float("-inf"))
-    acc = tl.zeros([BM, BD], tl.float32)
-    norm = tl.zeros([BM], tl.float32)
     log_scale = scale * LOG2E
     n = tl.arange(0, BN)
     ONLINE: tl.constexpr = q.dtype == tl.float16
@@ -149,11 +173,14 @@ def forward_kernel(
     near = (i - first).to(tl.float32)
     peak = tl.full([BM], float("-inf"), tl.float32)
     if not ONLINE:
-        # Softmax does not care what is subtracted, as long as nothing leaves the range of float32 (and bfloat16): the
-        # largest logit of some keys will do, and spares the running maximum.
-        j = tl.maximum(window_end - 1 - n, 0) if WINDOW else masked_keys(list_ptr, 0, (lo, hi, hi, hi, hi, hi), BN)
-        k = load_rows(k_ptr, j, sk_n, j >= 0, D, BD, WIDE)
-        peak = tl.max(tl.dot(q, tl.trans(k), input_precision="ieee") * log_scale, 1)
+        peak = _reference(
+            q, k_ptr, sk_n, list_ptr, (lo, clear, plain, end, born, hi), window_end - 1, log_scale, D, BD, GATE, WIDE,
+            SELECTED, WINDOW, BN,
+        )  # fmt: skip
+
+    tau = tl.load(tau_ptr + row * N + i, mask=i < N, other=float("-inf"))
+    acc = tl.zeros([BM, BD], tl.float32)
+    norm = tl.zeros([BM], tl.float32)
 
     # The next block's indices are loaded one step early, so that the gathers do not wait for them.
     listed = (end - plain) // BN
