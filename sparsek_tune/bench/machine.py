@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from sparsek_tune.tune.measure import CudaSampler, Estimate, estimate, measure
 
 Run = Callable[[], Any]
-HOST_CALLS = 200
+HOST_SAMPLES = 100
+IN_A_ROW = 10  # calls whose launches the driver surely queues
 
 
 class Machine(Protocol):
@@ -22,8 +23,8 @@ class Machine(Protocol):
         """Time of ``run`` in ms, sampled for at most ``seconds``."""
         ...
 
-    def host(self, run: Run) -> Estimate:
-        """Microseconds until ``run`` returns, the device idle before."""
+    def host(self, run: Run, in_a_row: int) -> Estimate:
+        """Microseconds until ``run`` returns, each of that many calls in a row, the device idle before."""
         ...
 
     def once(self, run: Run) -> float:
@@ -47,16 +48,24 @@ class Machine(Protocol):
         ...
 
 
-def host_time(run: Run, synchronize: Run, calls: int = HOST_CALLS) -> Estimate:
-    """The median of ``calls`` single calls of ``run`` in microseconds (not ms), with its interval; 10 warm it up."""
+def host_time(run: Run, synchronize: Run, in_a_row: int = 1, samples: int = HOST_SAMPLES) -> Estimate:
+    """The median of what a call of ``run`` takes in microseconds (not ms), with its interval; 10 calls warm it up. A
+    sample is the mean of that many calls in a row. As in ``timeit`` garbage is not collected meanwhile."""
     for _ in range(10):
         run()
     times = []
-    for _ in range(calls):
-        synchronize()
-        start = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - start) * 1e6)
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(samples):
+            synchronize()
+            start = time.perf_counter()
+            for _ in range(in_a_row):
+                run()
+            times.append((time.perf_counter() - start) / in_a_row * 1e6)
+    finally:
+        if collects:
+            gc.enable()
     synchronize()
     return estimate(times)
 
@@ -85,8 +94,8 @@ class Cuda:
     def time(self, run: Run, seconds: float) -> Estimate:
         return measure(self._sampler(run), seconds)
 
-    def host(self, run: Run) -> Estimate:
-        return host_time(run, self._cuda.synchronize)
+    def host(self, run: Run, in_a_row: int) -> Estimate:
+        return host_time(run, self._cuda.synchronize, in_a_row)
 
     def once(self, run: Run) -> float:
         return once(run, self._cuda.synchronize)

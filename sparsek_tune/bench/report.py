@@ -150,6 +150,7 @@ TOTAL_COLUMNS: list[tuple[str, Callable[[Entry], Any]]] = [
     ("fwd MiB", _at("memory", "forward", scale=2.0**-20)),
     ("fwd+bwd MiB", _at("memory", "forward_backward", scale=2.0**-20)),
     ("host us", _at("host_us", "forward", "median")),
+    ("host us, after idle", _at("host_us", "forward_after_idle", "median")),
     ("host us, grad", _at("host_us", "forward_with_grad", "median")),
 ]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from sparsek_tune import __version__, dispatch
 from sparsek_tune.bench import check, inputs, ours
 from sparsek_tune.bench.cases import BACKWARD_FLOPS, INDEX, STAGES, Case, forward_flops
-from sparsek_tune.bench.machine import Machine, Run
+from sparsek_tune.bench.machine import IN_A_ROW, Machine, Run
 from sparsek_tune.bench.peers import Peer, Ready, Unfit, ready
 from sparsek_tune.bench.report import SCHEMA
 from sparsek_tune.problem import Device
@@ -145,12 +145,13 @@ class Bench:
         totals, memory = entry.setdefault("totals", {}), entry.setdefault("memory", {})
         totals["forward"] = self._time(forward)
         memory["forward"] = machine.peak(forward)
-        entry["host_us"] = {"forward": machine.host(forward)._asdict()}
+        host = {"forward": machine.host(forward, IN_A_ROW), "forward_after_idle": machine.host(forward, 1)}
         if self.settings.backward:
             both = ours.forward_backward(i)
             totals["forward_backward"] = self._time(both)
             memory["forward_backward"] = machine.peak(both)
-            entry["host_us"]["forward_with_grad"] = machine.host(ours.forward_with_grad(i))._asdict()
+            host["forward_with_grad"] = machine.host(ours.forward_with_grad(i), IN_A_ROW)
+        entry["host_us"] = {name: e._asdict() for name, e in host.items()}
         try:
             totals["forward_graph"] = self._time(machine.graph(forward))
         except Exception as error:

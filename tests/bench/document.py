@@ -23,7 +23,7 @@ def entry(n, k=1024, w=0, distribution="iid", scale=1.0):
         "totals": {name: time(ms * x) for name, x in zip(("forward", "forward_graph", "forward_backward"),
                                                           (2.5, 2.4, 9.6), strict=True)},
         "memory": {"forward": 1 << 30, "forward_backward": 1 << 31},
-        "host_us": {"forward": time(50.0), "forward_with_grad": time(70.0)},
+        "host_us": {"forward": time(50.0), "forward_after_idle": time(60.0), "forward_with_grad": time(70.0)},
         "tflops": {"kernel_forward": 400.0, "forward": 320.0, "kernel_backward": 250.0, "forward_backward": 280.0},
         "index_share": 0.2,
         "peers": {

@@ -28,8 +28,8 @@ class Cpu:
             samples.append((time.perf_counter() - start) * 1e3)
         return estimate(samples)
 
-    def host(self, run):
-        return machine.host_time(run, lambda: None, calls=7)
+    def host(self, run, in_a_row):
+        return machine.host_time(run, lambda: None, in_a_row, samples=3)
 
     def once(self, run):
         return machine.once(run, lambda: None)

@@ -62,7 +62,7 @@ def test_the_document(cpu, device):
         }
         for time in (*c["stages"].values(), *c["totals"].values(), c["sort"], *c["host_us"].values()):
             assert 0 < time["low"] <= time["median"] <= time["high"] and time["samples"] >= 3
-        assert set(c["host_us"]) == {"forward", "forward_with_grad"}
+        assert set(c["host_us"]) == {"forward", "forward_after_idle", "forward_with_grad"}
         assert set(c["memory"]) == {"forward", "forward_backward"}
         assert c["index_bytes_per_token"] == 2 * 5 * 4  # five tensors of 4 bytes, two KV heads
         assert {r["grade"] for r in c["configs"].values()} == {"default"}
