@@ -124,8 +124,8 @@ def events_kernel(
     In, [rows, M]: us float32, falling; order, their keys. Out: the events [rows, 2M], value int64 and 2 * key +
     is_minus int32; by key [rows, M]: rank << 32 + place of its plus event int64, place of its minus event int32; by
     block [rows, blocks]: value of its first event int64 and number of plus events before it int32; table int64
-    [rows, times, 3, blocks]: signs, signed values and number of plus events, of the block's events of keys up to each
-    time (first those before query K). Scratch: sums int64 and codes int32 [rows, 2M].
+    [rows, times, 2, blocks]: number of plus events << 32 + signs, and signed values, of the block's events of keys up to
+    each time (first those before query K). Scratch: sums int64 and codes int32 [rows, 2M].
     """
     block = tl.program_id(1)
     blocks = tl.num_programs(1)
@@ -171,7 +171,7 @@ def events_kernel(
             ev_x_ptr, ev_t_ptr, sums_ptr, codes_ptr, begin + s, count - s, K, fine_log, few, CHUNK_LOG, PIECE, LOG_PIECE
         )
     tl.debug_barrier()
-    table_ptr += row * times * 3 * blocks + block
+    table_ptr += row * times * 2 * blocks + block
     used = 1 + _time(m - 1, K, fine_log, few, CHUNK_LOG)
     for first in range(0, used, TIMES):
         time = first + tl.arange(0, TIMES)
@@ -183,7 +183,6 @@ def events_kernel(
             signs += sign
             values += value
             pluses += more
-        at = table_ptr + time.to(tl.int64) * 3 * blocks
-        tl.store(at, signs, mask=time < used)
+        at = table_ptr + time.to(tl.int64) * 2 * blocks
+        tl.store(at, (pluses << 32) | (signs & 0xFFFFFFFF), mask=time < used)
         tl.store(at + blocks, values, mask=time < used)
-        tl.store(at + 2 * blocks, pluses, mask=time < used)

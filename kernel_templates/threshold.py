@@ -155,7 +155,7 @@ def _cost(config, problem):
     # Read: the scores. Written and mostly read again: sorted scores and their keys, events and their sums, places by
     # key, the table, the results.
     data = problem.rows * (
-        n * 24.0 + m * 2 * (8 + 48 + 12) + 48.0 * (1 + stretches) * min(c.blocks, -(-2 * m // c.span))
+        n * 24.0 + m * 2 * (8 + 48 + 12) + 32.0 * (1 + stretches) * min(c.blocks, -(-2 * m // c.span))
     )
     return Cost(flops=problem.rows * (walk + sort + search), bytes=data, launches=launches)
 

@@ -24,33 +24,37 @@ def _start(p, K, fine, few, C: tl.constexpr):
 
 
 @triton.jit
+def _count(packed, TAU: tl.constexpr):
+    """Of signs, or of plus events: both in one int64 (``events_kernel``)."""
+    return (packed if TAU else packed >> 32).to(tl.int32)
+
+
+@triton.jit
 def _edges(table_ptr, first_x_ptr, first_rank_ptr, p, width, M, goal, limit, BLOCKS: tl.constexpr, SPAN: tl.constexpr,
            TAU: tl.constexpr):  # fmt: skip
     """Events [low, high) hold all that can cross in stretch p; sums over the events before low, of earlier keys."""
     b = tl.arange(0, BLOCKS)
     blocks = tl.cdiv(2 * M, SPAN)
     inside = b < blocks
-    at = table_ptr + p * 3 * width + b
+    at = table_ptr + p * 2 * width + b
+    counts = _count(tl.load(at, mask=inside, other=0), TAU)
+    later = _count(tl.load(at + 2 * width, mask=inside, other=0), TAU)
+    before = tl.cumsum(counts, 0) - counts
+    before_later = tl.cumsum(later, 0) - later
     if TAU:
-        counts = tl.load(at, mask=inside, other=0)
         totals = tl.load(at + width, mask=inside, other=0)
-        later = tl.load(at + 3 * width, mask=inside, other=0)
-        later_totals = tl.load(at + 4 * width, mask=inside, other=0)
+        later_totals = tl.load(at + 3 * width, mask=inside, other=0)
         x = tl.load(first_x_ptr + b, mask=inside, other=0)
-        before = tl.cumsum(counts, 0) - counts
         total = tl.cumsum(totals, 0) - totals
         value = total - before * x
-        value_after = tl.cumsum(later_totals, 0) - later_totals - (tl.cumsum(later, 0) - later) * x
+        value_after = tl.cumsum(later_totals, 0) - later_totals - before_later * x
         start = b * SPAN
         last = 2 * M
     else:
-        counts = tl.load(at + 2 * width, mask=inside, other=0)
-        later = tl.load(at + 5 * width, mask=inside, other=0)
         start = tl.load(first_rank_ptr + b, mask=inside, other=0)
-        before = tl.cumsum(counts, 0) - counts
         total = before
         value = before
-        value_after = tl.cumsum(later, 0) - later
+        value_after = before_later
         last = M
     first = tl.sum((inside & (value_after < goal)).to(tl.int32), 0) - 1  # F is 0 < goal before the first event
     end = tl.sum((inside & (value < limit)).to(tl.int32), 0)
@@ -86,8 +90,8 @@ def _run(value, x, minus, new_x_ptr, n, new, one, goal, limit, TAU: tl.constexpr
                 value += tl.minimum(tl.maximum(q - x, 0), one)
                 pass_ += (value < limit).to(tl.int32)
             else:
-                rank = tl.load(new_x_ptr + n + g, mask=n + g < new, other=1 << 62)
-                value += (rank < x).to(tl.int64)
+                rank = tl.load(new_x_ptr + n + g, mask=n + g < new, other=0x7FFFFFFF)
+                value += (rank < x).to(tl.int32)
             reach += (value < goal).to(tl.int32)
         n += KEYS
         waiting = tl.max(((value < goal) | (minus & (value < limit))).to(tl.int32), 0) > 0
@@ -100,6 +104,11 @@ def _among(x, s, SUBS: tl.constexpr):
 
 
 @triton.jit
+def _signed(x, sign):
+    return tl.where(sign > 0, x, tl.where(sign < 0, -x, 0))
+
+
+@triton.jit
 def _skip(counts, totals, edge, t, sign, x, live, goal, TAU: tl.constexpr):
     """The last part of the stretch (edge: where each starts) before which no event of a window crosses; and the sums
     over the events up to the window's end, of keys before each part."""
@@ -107,7 +116,7 @@ def _skip(counts, totals, edge, t, sign, x, live, goal, TAU: tl.constexpr):
     counts += tl.sum(tl.where(inside, sign[None, :], 0), 1)
     value = counts
     if TAU:
-        totals += tl.sum(tl.where(inside, (sign * x)[None, :], 0), 1)
+        totals += tl.sum(tl.where(inside, _signed(x, sign)[None, :], 0), 1)
         value = totals - counts * tl.min(tl.where(live, x, 1 << 62), 0)
     part = tl.maximum(tl.sum((value < goal).to(tl.int32), 0) - 1, 0)
     return part, counts, totals
@@ -134,6 +143,7 @@ def _changes(change_ptr, t, sign, x, minus, reach, pass_, reach_t, pass_t, new, 
     old = t < c0
     ends = tl.where(minus, pass_, reach)
     end_t = tl.where(minus, pass_t, reach_t)
+    sign = sign.to(tl.int64)
     high = sign << 32
     counted = old | (reach_t > t)
     born = live & ~old & (end_t > t)
@@ -155,9 +165,10 @@ def _walk(
 ):  # fmt: skip
     c0 = _start(p, K, fine, few, C)
     c1 = tl.minimum(c0 + tl.where(p < few, fine, C), M)
-    goal = K.to(tl.int64) * one
+    goal = K
     limit = goal
     if TAU:
+        goal = K.to(tl.int64) * one
         limit = goal + 1  # a saturated key stops being so once F(u - 1) is above K
         tl.store(change_ptr + tl.arange(0, C), tl.zeros([C], tl.int64))
         tl.store(change_ptr + C + tl.arange(0, C), tl.zeros([C], tl.int64))
@@ -170,8 +181,8 @@ def _walk(
         plus_at = (packed & 0xFFFFFFFF).to(tl.int32)
         q = quantise(tl.load(scores_ptr + key, mask=mine, other=0.0), one)
     else:
-        q = packed >> 32
-        plus_at = q.to(tl.int32)
+        q = (packed >> 32).to(tl.int32)
+        plus_at = q
         minus_at = plus_at
     low, high, count, total = _edges(
         table_ptr, first_x_ptr, first_rank_ptr, p, blocks, M, goal, limit, BLOCKS, SPAN, TAU
@@ -180,21 +191,21 @@ def _walk(
 
     # Sums over the events before the window, of keys born before each part of the stretch.
     edge = c0 + tl.arange(0, SUBS) * (C // SUBS)
-    counts_s = count + tl.zeros([SUBS], tl.int64)
-    totals_s = total + tl.zeros([SUBS], tl.int64)
+    counts_s = count + tl.zeros([SUBS], tl.int32)
+    totals_s = total + tl.zeros([SUBS], total.dtype)
     skips = (SUBS > 1) & (new > C // 4)  # fewer new keys are walked over faster than they are skipped
     listed = edge * 0
     if skips:
         earlier = key[None, :] < edge[:, None]
         listed = tl.sum((earlier & (mine & (plus_at < high))[None, :]).to(tl.int32), 1)
-        before_low = (mine & (plus_at < low)).to(tl.int64)
+        before_low = (mine & (plus_at < low)).to(tl.int32)
         if TAU:
-            gone = (mine & (minus_at < low)).to(tl.int64)
+            gone = (mine & (minus_at < low)).to(tl.int32)
             totals_s += tl.sum(tl.where(earlier, (before_low * q - gone * (q - one))[None, :], 0), 1)
             before_low -= gone
         counts_s += tl.sum(tl.where(earlier, before_low[None, :], 0), 1)
 
-    base = (count << 32) + count  # of the events that have not crossed before the stretch: count twice, and total
+    base = (count.to(tl.int64) << 32) + count  # of the events that have not crossed before the stretch: count twice, and total
     base_total = total
     passed = high  # events from here on have crossed before the stretch
     root = tl.full([], -(1 << 62), tl.int64)  # the largest x found with F >= K before the stretch
@@ -224,17 +235,17 @@ def _walk(
             t = event >> 1
             minus = (event & 1) == 1
             x = tl.load(ev_x_ptr + place, mask=live, other=0)
-            sign = tl.where(minus, -1, 1).to(tl.int64)
+            sign = tl.where(minus, -1, 1)
             old = live & (t < c0)
             signs = tl.where(old, sign, 0)
-            weights = signs * x
+            weights = _signed(x, signs)
             skipped = low * 0
             if skips:
                 # Where parts are skipped no event has crossed before the stretch: F after them tells the same.
                 part, counts_after, totals_after = _skip(counts_s, totals_s, edge, t, sign, x, live, goal, TAU)
                 skipped = _among(listed, part, SUBS)
                 then = tl.where(live & (t < c0 + part * (C // SUBS)), sign, 0)
-                moments = then * x
+                moments = _signed(x, then)
                 value = _among(totals_s, part, SUBS) + tl.cumsum(moments, 0) - moments
                 value -= (_among(counts_s, part, SUBS) + tl.cumsum(then, 0) - then) * x
                 counts_s = counts_after
@@ -244,7 +255,8 @@ def _walk(
                 count += tl.sum(signs, 0)
                 total += tl.sum(weights, 0)
             below = value < goal
-            own = (tl.where(below | (minus & (value < limit)), signs, 0) << 32) + tl.where(below, signs, 0)
+            own = tl.where(below | (minus & (value < limit)), signs, 0).to(tl.int64) << 32
+            own += tl.where(below, signs, 0)
             base += tl.sum(own, 0)
             base_total += tl.sum(tl.where(below, weights, 0), 0)
             # Below the root nothing waits: where F is K on an interval no key, and so no minus event, lies inside.
@@ -254,17 +266,17 @@ def _walk(
         else:
             t = event
             minus = live & False
-            x = place.to(tl.int64)
+            x = place
             skipped = low * 0
             if skips:
-                ones = live.to(tl.int64)
+                ones = live.to(tl.int32)
                 part, counts_after, totals_after = _skip(counts_s, totals_s, edge, t, ones, x, live, goal, TAU)
                 skipped = _among(listed, part, SUBS)
-                olds = (live & (t < c0 + part * (C // SUBS))).to(tl.int64)
+                olds = (live & (t < c0 + part * (C // SUBS))).to(tl.int32)
                 value = _among(counts_s, part, SUBS) + tl.cumsum(olds, 0) - olds
                 counts_s = counts_after
             else:
-                olds = (live & (t < c0)).to(tl.int64)
+                olds = (live & (t < c0)).to(tl.int32)
                 value = count + tl.cumsum(olds, 0) - olds
                 count += tl.sum(olds, 0)
             crossed = live & (value >= goal)
@@ -338,7 +350,7 @@ def walk_kernel(
     if _start(p, K, fine, few, C) >= m:
         return
     task = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    table_ptr += row * (stretches + 1) * 3 * blocks
+    table_ptr += row * (stretches + 1) * 2 * blocks
     first_x_ptr += row * blocks
     first_rank_ptr += row * blocks
     scores_ptr += row * N
@@ -356,9 +368,8 @@ def walk_kernel(
             one, BLOCKS, SPAN, C, WINDOW, SCAN, RING, SUBS, True,
         )  # fmt: skip
     else:
-        one = tl.full([], 1, tl.int64)
         _walk(
             table_ptr, first_x_ptr, first_rank_ptr, ev_x_ptr, order_ptr + row * M, scores_ptr, place_ptr, minus_at_ptr,
-            ring_ptr, new_t_ptr, new_x_ptr, change_ptr, tau_ptr, interior_ptr, expiry_ptr + row * N, expiry_ptr, p,
-            blocks, m, K, shift, fine, few, one, BLOCKS, SPAN, C, WINDOW, SCAN, RING, SUBS, False,
+            ring_ptr, new_t_ptr, new_x_ptr.to(tl.pointer_type(tl.int32)), change_ptr, tau_ptr, interior_ptr, expiry_ptr + row * N, expiry_ptr, p,
+            blocks, m, K, shift, fine, few, 1, BLOCKS, SPAN, C, WINDOW, SCAN, RING, SUBS, False,
         )  # fmt: skip

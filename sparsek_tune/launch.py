@@ -149,7 +149,7 @@ def _threshold(
     programs = _cdiv(stretches, walks)
     sort, ring, tasks = config["SORT"], threshold_t.ring(config), 2 * rows * programs
     table, first_x, places, new_x, change, events, sums = _carve(
-        scores, torch.int64, rows * (1 + stretches) * 3 * blocks, rows * blocks, rows * m, tasks * chunk,
+        scores, torch.int64, rows * (1 + stretches) * 2 * blocks, rows * blocks, rows * m, tasks * chunk,
         2 * tasks * chunk, rows * 2 * m, rows * 2 * m,
     )  # fmt: skip
     codes, sorted_codes, minus_at, first_rank, rings, new_t, order, us, other_order, other_us = _carve(
