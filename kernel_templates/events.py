@@ -124,8 +124,8 @@ def events_kernel(
     In, [rows, M]: us float32, falling; order, their keys. Out: the events [rows, 2M], value int64 and 2 * key +
     is_minus int32; by key [rows, M]: rank << 32 + place of its plus event int64, place of its minus event int32; by
     block [rows, blocks]: value of its first event int64 and number of plus events before it int32; table int64
-    [rows, times, 2, blocks]: number of plus events << 32 + signs, and signed values, of the block's events of keys up to
-    each time (first those before query K). Scratch: sums int64 and codes int32 [rows, 2M].
+    [rows, times, 2, blocks]: number of plus events << 32 + signs, and signed values, of the block's events of keys up
+    to each time (first those before query K). Scratch: sums int64 and codes int32 [rows, 2M].
     """
     block = tl.program_id(1)
     blocks = tl.num_programs(1)

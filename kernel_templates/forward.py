@@ -34,9 +34,9 @@ from .tiles import (
 )
 from .tiles import __file__ as tiles_file
 
-ABOVE = tl.constexpr(80.0)  # of the largest logit of some keys is what is subtracted from all, in base 2
-SMALL = tl.constexpr(2.0**-90)  # a softmax sum outside of these may have lost something: it is done again
-LARGE = tl.constexpr(2.0**110)  # leaves values up to 2^17
+ABOVE = tl.constexpr(100.0)  # the largest logit of some keys is what is subtracted from all, in base 2
+SMALL = tl.constexpr(2.0**-102)  # a softmax sum below may have lost weights that count: it is done again
+LARGE = tl.constexpr(2.0**126)  # likewise where it or a sum of values is above
 
 
 @triton.jit
@@ -58,22 +58,23 @@ def _accumulate(acc, peak, norm, x, g, v, GATED: tl.constexpr, ONLINE: tl.conste
 
 @triton.jit
 def _reference(
-    q, k_ptr, sk_n, list_ptr, runs, local, log_scale, D: tl.constexpr, BD: tl.constexpr, GATE: tl.constexpr,
+    q, k_ptr, sk_n, list_ptr, runs, oldest, local, log_scale, D: tl.constexpr, BD: tl.constexpr, GATE: tl.constexpr,
     WIDE: tl.constexpr, SELECTED: tl.constexpr, WINDOW: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """What is subtracted from each row's logits. Softmax does not care, as long as nothing leaves the range of float32
     (and bfloat16): the largest logit of a few keys will do, and spares the running maximum. They are from all over the
-    part of the list that every query sees, so no sum is below 2^-ABOVE: the reference is as high as that allows. Where
-    there is no such part they are the window's last, up to ``local``, or the list's first."""
+    part of the list that every query sees, every other one from the window's last, [oldest, local], so no sum is below
+    2^-ABOVE: the reference is as high as that allows. Where there is no such part they are all the window's, or the
+    list's first."""
     n = tl.arange(0, BN)
-    j = tl.maximum(local - n, 0)
+    j = tl.maximum(local - n, tl.minimum(oldest, local))
     most = tl.full([BN], float("inf"), tl.float32)
     if SELECTED:
         lo, clear, plain, end, born, hi = runs
         entry = tl.where(born > clear, clear + n * (born - clear) // BN, lo + n)
         inside = entry < hi
         if WINDOW:
-            inside = inside & (born > clear)
+            inside = inside & (born > clear) & (n % 2 == 0)
         j = tl.where(inside, tl.load(list_ptr + entry, mask=inside, other=0), j)
         if GATE == GATE_KV:  # a gate leaves of a logit what is between 0 and all of it
             most = tl.where(inside & ((entry < plain) | (entry >= end)), 0.0, most)
@@ -174,8 +175,8 @@ def forward_kernel(
     peak = tl.full([BM], float("-inf"), tl.float32)
     if not ONLINE:
         peak = _reference(
-            q, k_ptr, sk_n, list_ptr, (lo, clear, plain, end, born, hi), window_end - 1, log_scale, D, BD, GATE, WIDE,
-            SELECTED, WINDOW, BN,
+            q, k_ptr, sk_n, list_ptr, (lo, clear, plain, end, born, hi), tl.maximum(last - window + 1, 0), first,
+            log_scale, D, BD, GATE, WIDE, SELECTED, WINDOW, BN,
         )  # fmt: skip
 
     tau = tl.load(tau_ptr + row * N + i, mask=i < N, other=float("-inf"))
@@ -221,7 +222,7 @@ def forward_kernel(
     if not ONLINE:
         # Not for the first tile: where one key is all there is, its weight has to be 1, which bfloat16 holds exactly.
         # Any other is rounded, and that would show in delta, and from there in dq, which is zero.
-        good = (norm >= SMALL) & (norm <= LARGE) & (i >= BQ)
+        good = (norm >= SMALL) & (tl.maximum(norm, tl.max(tl.abs(acc), 1)) <= LARGE) & (i >= BQ)
         if tl.min((good | (ok == 0)).to(tl.int32), 0) == 0:
             acc = tl.zeros([BM, BD], tl.float32)
             norm = tl.zeros([BM], tl.float32)

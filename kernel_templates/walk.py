@@ -205,7 +205,9 @@ def _walk(
             before_low -= gone
         counts_s += tl.sum(tl.where(earlier, before_low[None, :], 0), 1)
 
-    base = (count.to(tl.int64) << 32) + count  # of the events that have not crossed before the stretch: count twice, and total
+    base = (
+        count.to(tl.int64) << 32
+    ) + count  # of the events that have not crossed before the stretch: count twice, and total
     base_total = total
     passed = high  # events from here on have crossed before the stretch
     root = tl.full([], -(1 << 62), tl.int64)  # the largest x found with F >= K before the stretch
@@ -368,8 +370,9 @@ def walk_kernel(
             one, BLOCKS, SPAN, C, WINDOW, SCAN, RING, SUBS, True,
         )  # fmt: skip
     else:
+        ranks_ptr = new_x_ptr.to(tl.pointer_type(tl.int32))
         _walk(
             table_ptr, first_x_ptr, first_rank_ptr, ev_x_ptr, order_ptr + row * M, scores_ptr, place_ptr, minus_at_ptr,
-            ring_ptr, new_t_ptr, new_x_ptr.to(tl.pointer_type(tl.int32)), change_ptr, tau_ptr, interior_ptr, expiry_ptr + row * N, expiry_ptr, p,
+            ring_ptr, new_t_ptr, ranks_ptr, change_ptr, tau_ptr, interior_ptr, expiry_ptr + row * N, expiry_ptr, p,
             blocks, m, K, shift, fine, few, 1, BLOCKS, SPAN, C, WINDOW, SCAN, RING, SUBS, False,
         )  # fmt: skip
