@@ -9,6 +9,8 @@ are ordered by position) in between. The tau term of a score's gradient is a dif
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -349,7 +351,10 @@ def reduce_kernel(
 
 
 def _default(problem, device):
-    return Config(default_tile(problem, 32, 64, 3), BLOCK=16, reduce_warps=1)
+    # About one selected key a program, of scores without a trend: the t-th is one with a probability of k / t.
+    share = problem.n / problem.k
+    block = max(1, min(64, int(share / (1 + math.log(share))))) if share > 1 else 1
+    return Config(default_tile(problem, 32, 64, 3), BLOCK=1 << (block.bit_length() - 1), reduce_warps=1)
 
 
 def _check(config, problem, device):
@@ -383,7 +388,7 @@ TEMPLATE = Template(
         Param("num_warps", Choice((4, 8))),
         Param("num_stages", Choice((1, 2, 3))),
         Param("registers", Choice((255, 168, 128))),
-        Param("BLOCK", Pow2(8, 64)),  # keys of a program of the reduction
+        Param("BLOCK", Pow2(1, 64)),  # keys of a program of the reduction
         Param("reduce_warps", Choice((1, 2, 4))),
     ),
     default=_default,

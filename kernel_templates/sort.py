@@ -101,21 +101,18 @@ def merge_kernel(
     live = at < m
     u = tl.load(us_ptr + row * M + at, mask=live, other=0.0)
     own = begin >> LOG_RUN
-    first = own // RUNS * RUNS
-    run = first + tl.arange(0, RUNS)
-    low = (run << LOG_RUN)[None, :]
-    end = tl.minimum((run + 1) << LOG_RUN, m)[None, :]
-    other = (run != own)[None, :]
-    earlier = (run < own)[None, :]
-    place = low + tl.zeros([BLOCK, RUNS], tl.int32)
-    # All runs are searched side by side, so that each step waits for memory once.
-    for bit in tl.static_range(LOG_RUN + 1):
-        step = 1 << (LOG_RUN - bit)
-        probe = place + (step - 1)
-        inside = live[:, None] & other & (probe < end)
-        v = tl.load(us_ptr + row * M + probe, mask=inside, other=float("-inf"))
-        ahead = inside & ((v > u[:, None]) | ((v == u[:, None]) & earlier))
-        place = tl.where(ahead, place + step, place)
-    rank = (first << LOG_RUN) + (at & ((1 << LOG_RUN) - 1)) + tl.sum(place - low, 1)
+    rank = (own // RUNS * RUNS << LOG_RUN) + (at & ((1 << LOG_RUN) - 1))
+    for other in tl.static_range(1, RUNS):
+        run = own ^ other
+        if run << LOG_RUN < m:
+            before = (run << LOG_RUN) + tl.zeros([BLOCK], tl.int32)
+            for bit in tl.static_range(LOG_RUN + 1):
+                step = 1 << (LOG_RUN - bit)
+                probe = before + (step - 1)
+                inside = probe < tl.minimum((run + 1) << LOG_RUN, m)
+                v = tl.load(us_ptr + row * M + probe, mask=live & inside, other=float("-inf"))
+                ahead = inside & ((v > u) | ((v == u) & (run < own)))
+                before = tl.where(ahead, before + step, before)
+            rank += before - (run << LOG_RUN)
     tl.store(to_us_ptr + row * M + rank, u, mask=live)
     tl.store(to_order_ptr + row * M + rank, tl.load(order_ptr + row * M + at, mask=live, other=0), mask=live)

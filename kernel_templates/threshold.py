@@ -121,7 +121,7 @@ def _default(problem, device):
         WINDOW=128,
         SCAN=512,
         sort_warps=16,
-        walk_warps=2 if n <= 8192 else 4,
+        walk_warps=2 if 4096 < n <= 8192 else 4,  # a short row's programs do not fill the GPU: each is to be quick
         walk_registers=96,
     )
 

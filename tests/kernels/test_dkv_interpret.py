@@ -51,7 +51,7 @@ def test_steps_narrow_any_range_to_one_entry(entries, steps):
 
 @pytest.mark.parametrize(
     ("k", "w", "g", "d", "gate", "block"),
-    [(9, 7, 2, 24, "kv", 8), (9, 0, 1, 16, "v", 16), (9, 33, 3, 20, "none", 32), (4, 0, 1, 16, "kv", 64)],
+    [(9, 7, 2, 24, "kv", 8), (9, 0, 1, 16, "v", 16), (9, 33, 3, 20, "none", 1), (4, 0, 1, 16, "kv", 64)],
 )
 def test_keys_of_many_segments(k, w, g, d, gate, block):
     """From the reference's selection: the first keys, with the best scores, are in every segment from theirs on."""
