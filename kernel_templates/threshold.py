@@ -131,8 +131,8 @@ def _check(config, problem, device):
     if not 1 <= sort // (32 * config["sort_warps"]) <= 16:
         return "threads of the sort hold no key or too many"
     for name, most in (("WINDOW", 4), ("SCAN", 16), ("CHUNK", 8)):
-        if not 1 <= config[name] // (32 * warps) <= most:
-            return f"threads of the walk hold nothing of a {name} or too much"
+        if not 1 <= 2 * config[name] // (32 * warps) <= 2 * most:
+            return f"most threads of the walk hold nothing of a {name}, or all too much"
     return None
 
 

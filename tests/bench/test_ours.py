@@ -45,6 +45,6 @@ def test_a_whole_run_with_the_real_kernels(device, monkeypatch):
     monkeypatch.setattr(check, "at_reduced_length", lambda *args: check.Verdict({}, None, 1.0))  # takes a minute
     cpu = fake_machine.Cpu()
     bench = run.Bench(cpu, device, run.Settings(seconds=0.01), print, lambda document: None)
-    cpu.host = lambda f: cpu.time(f, 0)  # one call takes seconds here
+    cpu.host = lambda f, in_a_row: cpu.time(f, 0)  # one call takes seconds here
     (c,) = bench.run([CASE], [], "")["cases"]
     assert "error" not in c and set(c["stages"]) == set(STAGES)
