@@ -65,12 +65,15 @@ def _reference(
     (and bfloat16): the largest logit of a few keys will do, and spares the running maximum. They are from all over the
     part of the list that every query sees, every other one from the window's last, [oldest, local], so no sum is below
     2^-ABOVE: the reference is as high as that allows. Where there is no such part they are all the window's, or the
-    list's first."""
+    list's first; where not every query sees them, sums may be anywhere, and the reference stays in the middle."""
     n = tl.arange(0, BN)
     j = tl.maximum(local - n, tl.minimum(oldest, local))
     most = tl.full([BN], float("inf"), tl.float32)
+    seen = oldest <= local
     if SELECTED:
         lo, clear, plain, end, born, hi = runs
+        if not WINDOW:
+            seen = born > clear
         entry = tl.where(born > clear, clear + n * (born - clear) // BN, lo + n)
         inside = entry < hi
         if WINDOW:
@@ -80,7 +83,7 @@ def _reference(
             most = tl.where(inside & ((entry < plain) | (entry >= end)), 0.0, most)
     k = load_rows(k_ptr, j, sk_n, n < BN, D, BD, WIDE)
     x = tl.dot(q, tl.trans(k), input_precision="ieee") * log_scale
-    return tl.max(tl.minimum(x, most[None, :]), 1) + ABOVE
+    return tl.max(tl.minimum(x, most[None, :]), 1) + tl.where(seen, ABOVE, 0.0)
 
 
 @triton.jit

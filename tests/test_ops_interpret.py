@@ -150,12 +150,12 @@ def test_very_large_scores_stay_finite(size):
     assert torch.equal(sparsek_select(tensors[3], 8, window=4)[1], reference.select(tensors[3].double(), 8, 4).expiry)
 
 
-@pytest.mark.parametrize("far", [40, 100])
+@pytest.mark.parametrize("far", [40, 100, 200])
 @pytest.mark.parametrize("kind", ["higher later", "higher first"])
 @pytest.mark.parametrize(("k", "w"), [(4, 0), (12, 10)])
 def test_logits_far_from_those_of_the_first_keys(far, kind, k, w):
     """exp(far) above or below what the softmax is taken relative to: the sums come near the end of their range (40), or
-    leave it and are done again (100)."""
+    leave it and are done again (200)."""
     case = Case(n=70, k=k, w=w, g=1, scores="rising")
     tensors = case.tensors()
     late = torch.arange(70) >= 35
