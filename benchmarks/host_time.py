@@ -9,8 +9,6 @@ a batch starts.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +17,7 @@ import triton
 import triton.language as tl
 
 from sparsek_tune import arguments, launcher, ops, replay
+from sparsek_tune.bench.machine import host_time
 from sparsek_tune.ops import sparsek_attention
 
 
@@ -35,15 +34,7 @@ def forty(
 
 def microseconds(function: Callable[[], Any], calls: int = 20, batches: int = 40) -> float:
     """Per call of ``function``."""
-    function(), function(), function()
-    times = []
-    for _ in range(batches):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            function()
-        times.append((time.perf_counter() - start) / calls * 1e6)
-    return statistics.median(times)
+    return host_time(function, torch.cuda.synchronize, calls, batches).median
 
 
 def observed(function: Callable[[], Any]) -> Callable[[], Any]:

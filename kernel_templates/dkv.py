@@ -247,20 +247,13 @@ def _find(list_ptr, lo, hi, j, todo, STEPS: tl.constexpr):
 
 
 @triton.jit
-def _add_row(x, part_ptr, source, D: tl.constexpr, BD: tl.constexpr):
-    """x plus row ``source`` of the partials; none where it is negative."""
-    d = tl.arange(0, BD)
-    return x + tl.load(part_ptr + source * D + d, mask=(source >= 0) & (d < D), other=0.0)
-
-
-@triton.jit
 def _parts(
     dk, dv, dk_part_ptr, dv_part_ptr, du_part_ptr, j, expiry, sat_end, list_ptr, bounds_ptr, start_ptr, stop_ptr,
     late_stop_ptr, row, N, window, segments, CAP, D: tl.constexpr, BD: tl.constexpr, GATE: tl.constexpr,
     SEGMENT: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Add the partials of selected key j to dk and dv, by segment; returns the sum of du's, too. A lane looks for the
-    key's entry in one of AHEAD segments, so that all wait for memory at the same time."""
+    """Add the partials of selected key j to dk and dv [1, BD], by segment; returns du's sum, too. A lane looks for the
+    key's entry in one of AHEAD segments: all wait for memory at the same time."""
     lane = tl.arange(0, AHEAD)
     du = tl.zeros([AHEAD], tl.float32)
     born = j + window
@@ -287,9 +280,9 @@ def _parts(
         if GATE != GATE_NONE:
             du += tl.load(du_part_ptr + at, mask=here, other=0.0)
         for a in tl.static_range(AHEAD):
-            source = tl.max(tl.where(lane == a, at, -1), 0)
-            dk = _add_row(dk, dk_part_ptr, source, D, BD)
-            dv = _add_row(dv, dv_part_ptr, source, D, BD)
+            source = tl.max(tl.where(lane == a, at, -1), 0) + tl.arange(0, 1)
+            dk += load_rows(dk_part_ptr, source, D, source >= 0, D, BD, True)
+            dv += load_rows(dv_part_ptr, source, D, source >= 0, D, BD, True)
     return dk, dv, tl.sum(du, 0)
 
 
@@ -325,18 +318,20 @@ def reduce_kernel(
         while next_ < BLOCK:
             here = at == next_
             key = tl.program_id(0) * BLOCK + next_
-            source = tl.where(WINDOW, row * N + key, -1)
-            dk = _add_row(tl.zeros([BD], tl.float32), dk_band_ptr, source, D, BD)
-            dv = _add_row(tl.zeros([BD], tl.float32), dv_band_ptr, source, D, BD)
+            own = key + tl.arange(0, 1)
+            dk = tl.zeros([1, BD], tl.float32)
+            dv = tl.zeros([1, BD], tl.float32)
+            if WINDOW:
+                dk = load_rows(dk_band_ptr, row * N + own, D, own >= 0, D, BD, True)
+                dv = load_rows(dv_band_ptr, row * N + own, D, own >= 0, D, BD, True)
             dk, dv, direct = _parts(
                 dk, dv, dk_part_ptr, dv_part_ptr, du_part_ptr, key, tl.sum(tl.where(here, expiry, 0), 0),
                 tl.sum(tl.where(here, sat_end, 0), 0), list_ptr, bounds_ptr, start_ptr, stop_ptr, late_stop_ptr, row, N,
                 window, segments, CAP, D, BD, GATE, SEGMENT, STEPS,
             )  # fmt: skip
             du = tl.where(here, direct, du)
-            own = key + tl.arange(0, 1)
-            store_rows(dk_ptr, own, sdk_n, own >= 0, dk[None, :], D, BD, WIDE)
-            store_rows(dv_ptr, own, sdv_n, own >= 0, dv[None, :], D, BD, WIDE)
+            store_rows(dk_ptr, own, sdk_n, own >= 0, dk, D, BD, WIDE)
+            store_rows(dv_ptr, own, sdv_n, own >= 0, dv, D, BD, WIDE)
             left = tl.where(here, BLOCK, left)
             next_ = tl.min(left, 0)
     if SELECTED and GATE != GATE_NONE:
