@@ -346,9 +346,10 @@ def reduce_kernel(
 
 
 def _default(problem, device):
-    # About one selected key a program, of scores without a trend: the t-th is one with a probability of k / t.
+    # About one program in four has a selected key, of scores without a trend: the t-th is one with a probability of
+    # k / t. Several selected ones follow one another.
     share = problem.n / problem.k
-    block = max(1, min(64, int(share / (1 + math.log(share))))) if share > 1 else 1
+    block = max(1, min(64, int(share / (1 + math.log(share)) / 4))) if share > 1 else 1
     return Config(default_tile(problem, 32, 64, 3), BLOCK=1 << (block.bit_length() - 1), reduce_warps=1)
 
 

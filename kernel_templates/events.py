@@ -16,12 +16,12 @@ PROBES: tl.constexpr = tl.constexpr(64)  # of one step of the search for a block
 
 
 @triton.jit
-def fixed_point(us_ptr, M, LOG_EVENTS: tl.constexpr):
-    """The row's fixed-point unit 1.0 (int64): as large as sums over 2M events allow."""
+def fraction_bits(us_ptr, M, LOG_EVENTS: tl.constexpr):
+    """Bits after the point of the row's fixed-point numbers: as many as sums over 2M events allow."""
     top = tl.maximum(tl.abs(tl.load(us_ptr)), tl.abs(tl.load(us_ptr + M - 1)))
     top = tl.maximum(tl.minimum(top, 1048576.0), 1.0)
     shift = 60 - LOG_EVENTS - tl.ceil(tl.log2(top + 1.0)).to(tl.int32)
-    return tl.full([], 1, tl.int64) << tl.minimum(shift, 40)
+    return tl.minimum(shift, 40)
 
 
 @triton.jit
@@ -141,7 +141,7 @@ def events_kernel(
     minus_at_ptr += row * M
     sums_ptr += row * 2 * M
     codes_ptr += row * 2 * M
-    one = fixed_point(us_ptr, m, LOG)
+    one = tl.full([], 1, tl.int64) << fraction_bits(us_ptr, m, LOG)
     ends = tl.minimum((block + tl.arange(0, 2)) * SPAN, 2 * m)
     plus = _plus_before(us_ptr, m, ends, one, (LOG + 5) // 6)
     is_first = tl.arange(0, 2) == 0

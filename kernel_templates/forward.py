@@ -37,6 +37,7 @@ from .tiles import __file__ as tiles_file
 ABOVE = tl.constexpr(100.0)  # the largest logit of some keys is what is subtracted from all, in base 2
 SMALL = tl.constexpr(2.0**-102)  # a softmax sum below may have lost weights that count: it is done again
 LARGE = tl.constexpr(2.0**126)  # likewise where it or a sum of values is above
+COLUMNS = tl.constexpr(8)  # of ones: the fewest of a product of the tensor cores
 
 
 @triton.jit
@@ -49,7 +50,13 @@ def _accumulate(acc, peak, norm, x, g, v, GATED: tl.constexpr, ONLINE: tl.conste
         norm = norm * shrink
         peak = new_peak
     p = tl.exp2(x - peak[:, None])
-    norm += tl.sum(p, 1)
+    if v.dtype == tl.bfloat16 and not ONLINE:
+        # The sum of the rounded weights, so that where one key has most of the weight its rounding cancels (its weight
+        # is not 1, as with a running maximum); and tensor cores, of which each column has it, have time for it.
+        ones = tl.full([p.shape[1], COLUMNS], 1.0, v.dtype)
+        norm = tl.dot(p.to(v.dtype), ones, norm)
+    else:
+        norm += tl.sum(p, 1)
     if GATED:
         p = p * g
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
@@ -58,32 +65,41 @@ def _accumulate(acc, peak, norm, x, g, v, GATED: tl.constexpr, ONLINE: tl.conste
 
 @triton.jit
 def _reference(
-    q, k_ptr, sk_n, list_ptr, runs, oldest, local, log_scale, D: tl.constexpr, BD: tl.constexpr, GATE: tl.constexpr,
-    WIDE: tl.constexpr, SELECTED: tl.constexpr, WINDOW: tl.constexpr, BN: tl.constexpr,
+    q, i, k_ptr, sk_n, list_ptr, runs, first, last, window, log_scale, BQ: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr, GATE: tl.constexpr, WIDE: tl.constexpr, SELECTED: tl.constexpr, WINDOW: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
-    """What is subtracted from each row's logits. Softmax does not care, as long as nothing leaves the range of float32
-    (and bfloat16): the largest logit of a few keys will do, and spares the running maximum. They are from all over the
-    part of the list that every query sees, every other one from the window's last, [oldest, local], so no sum is below
-    2^-ABOVE: the reference is as high as that allows. Where there is no such part they are all the window's, or the
-    list's first; where not every query sees them, sums may be anywhere, and the reference stays in the middle."""
+    """What is subtracted from the logits of each row's query i. Softmax does not care, as long as nothing leaves the
+    range of float32 (and bfloat16): the largest logit of a few keys will do, and spares the running maximum. They are
+    from all over the part of the list that every query sees, every other one from the window's last, close enough to
+    each other that one is near any key just before a query: a row looks at those that it sees, so no sum is below
+    2^-ABOVE, and the reference is as high as that allows. Where there is no such part they are all the window's, or
+    the list's first; where not every query sees one, sums may be anywhere, and the reference stays in the middle."""
     n = tl.arange(0, BN)
-    j = tl.maximum(local - n, tl.minimum(oldest, local))
+    oldest = tl.maximum(last - window + 1, 0)
+    seen = oldest <= first
+    STRIDE: tl.constexpr = BQ // (BN // 2) + 1
+    # One that the first query sees is always there.
+    j = tl.maximum(tl.where(n == BN - 1, tl.minimum(last - n * STRIDE // 2, first), last - n * STRIDE // 2), oldest)
+    j = tl.minimum(j, last)
+    by_list = n < 0
     most = tl.full([BN], float("inf"), tl.float32)
-    seen = oldest <= local
     if SELECTED:
         lo, clear, plain, end, born, hi = runs
         if not WINDOW:
             seen = born > clear
         entry = tl.where(born > clear, clear + n * (born - clear) // BN, lo + n)
-        inside = entry < hi
+        by_list = entry < hi
         if WINDOW:
-            inside = inside & (born > clear) & (n % 2 == 0)
-        j = tl.where(inside, tl.load(list_ptr + entry, mask=inside, other=0), j)
+            by_list = by_list & (born > clear) & (n % 2 == 0)
+        j = tl.where(by_list, tl.load(list_ptr + entry, mask=by_list, other=0), j)
         if GATE == GATE_KV:  # a gate leaves of a logit what is between 0 and all of it
-            most = tl.where(inside & ((entry < plain) | (entry >= end)), 0.0, most)
+            most = tl.where(by_list & ((entry < plain) | (entry >= end)), 0.0, most)
     k = load_rows(k_ptr, j, sk_n, n < BN, D, BD, WIDE)
-    x = tl.dot(q, tl.trans(k), input_precision="ieee") * log_scale
-    return tl.max(tl.minimum(x, most[None, :]), 1) + tl.where(seen, ABOVE, 0.0)
+    x = tl.minimum(tl.dot(q, tl.trans(k), input_precision="ieee") * log_scale, most[None, :])
+    if WINDOW:
+        x = tl.where((by_list | (seen == 0))[None, :] | (j[None, :] <= i[:, None]), x, float("-inf"))
+    return tl.max(x, 1) + tl.where(seen, ABOVE, 0.0)
 
 
 @triton.jit
@@ -178,13 +194,13 @@ def forward_kernel(
     peak = tl.full([BM], float("-inf"), tl.float32)
     if not ONLINE:
         peak = _reference(
-            q, k_ptr, sk_n, list_ptr, (lo, clear, plain, end, born, hi), tl.maximum(last - window + 1, 0), first,
-            log_scale, D, BD, GATE, WIDE, SELECTED, WINDOW, BN,
+            q, i, k_ptr, sk_n, list_ptr, (lo, clear, plain, end, born, hi), first, last, window, log_scale, BQ, D, BD,
+            GATE, WIDE, SELECTED, WINDOW, BN,
         )  # fmt: skip
 
     tau = tl.load(tau_ptr + row * N + i, mask=i < N, other=float("-inf"))
     acc = tl.zeros([BM, BD], tl.float32)
-    norm = tl.zeros([BM], tl.float32)
+    norm = tl.zeros([BM, COLUMNS], tl.float32) if q.dtype == tl.bfloat16 else tl.zeros([BM], tl.float32)
 
     # The next block's indices are loaded one step early, so that the gathers do not wait for them.
     listed = (end - plain) // BN
@@ -223,9 +239,9 @@ def forward_kernel(
             window, log_scale, D, BD, WIDE, BN, ONLINE, STAGES,
         )  # fmt: skip
     if not ONLINE:
-        # Not for the first tile: where one key is all there is, its weight has to be 1, which bfloat16 holds exactly.
-        # Any other is rounded, and that would show in delta, and from there in dq, which is zero.
-        good = (norm >= SMALL) & (tl.maximum(norm, tl.max(tl.abs(acc), 1)) <= LARGE) & (i >= BQ)
+        if q.dtype == tl.bfloat16:
+            norm = tl.max(norm, 1)
+        good = (norm >= SMALL) & (tl.maximum(norm, tl.max(tl.abs(acc), 1)) <= LARGE)
         if tl.min((good | (ok == 0)).to(tl.int32), 0) == 0:
             acc = tl.zeros([BM, BD], tl.float32)
             norm = tl.zeros([BM], tl.float32)

@@ -153,14 +153,21 @@ def alive_kernel(
 
 
 @triton.jit
-def _enter(list_ptr, columns, u_ptr, sat_end_ptr, slot, j, expiry, keep):
+def _columns(u_ptr, sat_end_ptr, j, keep):
+    """What the consumers ask of a key beside its expiry."""
+    return tl.load(u_ptr + j, mask=keep, other=0.0), tl.load(sat_end_ptr + j, mask=keep, other=0)
+
+
+@triton.jit
+def _enter(lists, slot, j, columns, expiry, keep):
     """Write the kept keys to their places of the list, and beside them what the consumers ask of a key, so that they
     need not gather it, once per tile."""
-    list_u_ptr, list_expiry_ptr, list_sat_end_ptr = columns
+    list_ptr, list_u_ptr, list_expiry_ptr, list_sat_end_ptr = lists
+    u, sat_end = columns
     tl.store(list_ptr + slot, j, mask=keep)
-    tl.store(list_u_ptr + slot, tl.load(u_ptr + j, mask=keep, other=0.0), mask=keep)
+    tl.store(list_u_ptr + slot, u, mask=keep)
     tl.store(list_expiry_ptr + slot, expiry, mask=keep)
-    tl.store(list_sat_end_ptr + slot, tl.load(sat_end_ptr + j, mask=keep, other=0), mask=keep)
+    tl.store(list_sat_end_ptr + slot, sat_end, mask=keep)
 
 
 @triton.jit(do_not_specialize=["N", "M", "window", "parents", "blocks"])
@@ -168,7 +175,7 @@ def segments_kernel(
     u_ptr, expiry_ptr, sat_end_ptr, keys_ptr, starts_ptr, parent_ptr, parent_count_ptr, stay_ptr, evicted_ptr, list_ptr,
     list_u_ptr, list_expiry_ptr, list_sat_end_ptr, bounds_ptr, start_ptr, stop_ptr, late_stop_ptr, N, M, window,
     parents, blocks, STAY_CAP, CAP, SEGMENT: tl.constexpr, PARENT_SIZE: tl.constexpr, BLOCK: tl.constexpr,
-    STRIDE: tl.constexpr,
+    READ: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
     """Lay out the list of one segment.
 
@@ -184,8 +191,8 @@ def segments_kernel(
     expiry_ptr += row * N
     sat_end_ptr += row * N
     evicted_ptr += row * N
-    list_ptr += slot * CAP
-    columns = (list_u_ptr + slot * CAP, list_expiry_ptr + slot * CAP, list_sat_end_ptr + slot * CAP)
+    at_list = slot * CAP
+    lists = list_ptr + at_list, list_u_ptr + at_list, list_expiry_ptr + at_list, list_sat_end_ptr + at_list
     stay_ptr += slot * STAY_CAP
     begin = segment * SEGMENT
     end = tl.minimum(begin + SEGMENT, N)
@@ -196,10 +203,11 @@ def segments_kernel(
     tl.debug_barrier()
     stays = _lasting(
         expiry_ptr, keys_ptr, starts_ptr, parent_ptr, parent_count_ptr, stay_ptr, evicted_ptr, row, begin, end, M,
-        window, parents, blocks, STAY_CAP, True, PARENT_SIZE > 0, PARENT_SIZE, BLOCK, STRIDE,
+        window, parents, blocks, STAY_CAP, True, PARENT_SIZE > 0, PARENT_SIZE, READ, STRIDE,
     )  # fmt: skip
     tl.debug_barrier()
 
+    # In what follows all loads come before the scans, which would wait for them one after the other.
     dropped = begin * 0
     outlive = begin * 0  # of the keys born in the segment
     for i in range(begin, end, BLOCK):
@@ -207,12 +215,13 @@ def segments_kernel(
         inside = query < end
         j = tl.load(evicted_ptr + query, mask=inside, other=-1)
         born = tl.load(expiry_ptr + query - window, mask=inside & (query >= window), other=0)
-        outlive += tl.sum((born >= end).to(tl.int32), 0)
         keep = j >= 0
+        columns = _columns(u_ptr, sat_end_ptr, j, keep)
+        outlive += tl.sum((born >= end).to(tl.int32), 0)
         kept = keep.to(tl.int32)
         upto = dropped + tl.cumsum(kept, 0)
         tl.store(start_ptr + row * N + query, upto, mask=inside)
-        _enter(list_ptr, columns, u_ptr, sat_end_ptr, upto - kept, j, query, keep)
+        _enter(lists, upto - kept, j, columns, query, keep)
         dropped += tl.sum(kept, 0)
 
     saturated = begin * 0
@@ -227,10 +236,11 @@ def segments_kernel(
         inside = i + at < stays
         j = tl.load(stay_ptr + i + at, mask=inside, other=0)
         expiry = tl.load(expiry_ptr + j, mask=inside, other=0)
-        whole = (inside & (tl.load(sat_end_ptr + j, mask=inside, other=0) >= end)).to(tl.int32)
+        u, sat_end = _columns(u_ptr, sat_end_ptr, j, inside)
+        whole = (inside & (sat_end >= end)).to(tl.int32)
         before = tl.cumsum(whole, 0) - whole
         place = tl.where(whole == 1, saturated_slot + before, gated_slot + at - before)
-        _enter(list_ptr, columns, u_ptr, sat_end_ptr, place, j, expiry, inside)
+        _enter(lists, place, j, (u, sat_end), expiry, inside)
         saturated_slot += tl.sum(whole, 0)
         gated_slot += BLOCK - tl.sum(whole, 0)
 
@@ -246,6 +256,7 @@ def segments_kernel(
         inside = query < end
         j = query - window
         expiry = tl.load(expiry_ptr + j, mask=inside & (j >= 0), other=0)
+        columns = _columns(u_ptr, sat_end_ptr, j, inside & (j >= 0))
         late = (expiry > query) & (expiry < end)
         outlives = expiry >= end
         counts = outlives.to(tl.int32) + (late.to(tl.int32) << 16)
@@ -254,9 +265,7 @@ def segments_kernel(
         late_upto = late_slot + (upto >> 16)
         tl.store(stop_ptr + row * N + query, born_upto, mask=inside)
         tl.store(late_stop_ptr + row * N + query, late_upto, mask=inside)
-        _enter(
-            list_ptr, columns, u_ptr, sat_end_ptr, tl.where(late, late_upto, born_upto) - 1, j, expiry, late | outlives
-        )  # fmt: skip
+        _enter(lists, tl.where(late, late_upto, born_upto) - 1, j, columns, expiry, late | outlives)
         total = tl.sum(counts, 0)
         born_slot += total & 0xFFFF
         late_slot += total >> 16
@@ -264,6 +273,7 @@ def segments_kernel(
 
 
 STRIDE = 1024  # keys of a block of those that are listed
+READ = 2048  # keys that are looked at at once where there are many
 FANOUT = 16  # nodes per parent: each level reads its parents' keys and those born within one parent
 
 
@@ -276,15 +286,10 @@ def levels(segment: int, n: int) -> list[int]:
     return sizes[::-1]
 
 
-def coarse(config: Config) -> tuple[int, int]:
-    """BLOCK and warps of the levels above the segments: few programs, each with a long way to read."""
-    return min(8 * config["BLOCK"], 8192), config["num_warps"]
-
-
 def _default(problem, device):
     # Short segments make more programs of short rows, and more partials of long ones for dkv to add up.
     segment = 512 if problem.k <= 512 and problem.n <= 16384 else 1024
-    return Config(SEGMENT=segment, BLOCK=1024, num_warps=8)
+    return Config(SEGMENT=segment, BLOCK=segment, num_warps=8192 // segment, registers=64)
 
 
 def _check(config, problem, device):
@@ -309,6 +314,7 @@ TEMPLATE = Template(
         Param("SEGMENT", Pow2(256, 4096)),
         Param("BLOCK", Pow2(256, 4096)),
         Param("num_warps", Choice((1, 2, 4, 8, 16))),
+        Param("registers", Choice((64, 128))),  # a thread of a segment's, at most: it waits for loads in turn
     ),
     default=_default,
     check=_check,

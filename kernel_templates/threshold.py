@@ -29,8 +29,8 @@ PROGRAMS = 6144  # of one launch of the walk, each with scratch of its own
 RUNS = 4  # merged by one round: more would be searched for longer than two rounds take
 TIMES = 128  # whose sums a program of the events finds at once
 PIECE = 4096  # events that it sorts at once
-PARTS = 8  # of a stretch, at most, that windows of events may skip
-PART = 64  # keys, at least: shorter ones are walked over as fast
+PARTS = 8  # of a stretch that windows of events may skip
+SKIPPED = 512  # keys of a stretch, at least: shorter ones are walked over as fast
 FINE = 128  # keys of the first stretches
 FILTERED = 32768  # keys: of shorter rows leaving some out saves less than it takes
 MANY = 8  # times k: likewise
@@ -104,7 +104,7 @@ def rounds(m: int, sort: int) -> list[int]:
 
 def parts(chunk: int) -> int:
     """Parts of a stretch: a window of events starts at the first part in which one of them can cross."""
-    return max(1, min(PARTS, chunk // PART))
+    return PARTS if chunk >= SKIPPED else 1
 
 
 def ring(config: Config) -> int:
@@ -175,5 +175,8 @@ TEMPLATE = Template(
     default=_default,
     check=_check,
     cost=_cost,
-    sources=(__file__, *(str(Path(__file__).with_name(f"{name}.py")) for name in ("filter", "sort", "events", "walk"))),
+    sources=(
+        __file__,
+        *(str(Path(__file__).with_name(f"{name}.py")) for name in ("filter", "sort", "events", "crossing", "walk")),
+    ),
 )

@@ -4,7 +4,7 @@ F_t never decreases with t, so every event crosses its goal once; which events c
 contiguous range of the event list, bounded by the table of block sums. Of that range only the events of keys born by
 the end of the stretch count: they are picked out, in order, into a ring buffer, and taken from there a window at a
 time. A window lies in registers: F before the stretch by one cumulative sum, then the stretch's new keys in time
-order, each added to the whole window at once, while every event counts how long it stays below its goal.
+order, each added to the whole window at once, while every event counts how long it stays below its goal (``crossing``).
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .events import fixed_point, quantise
+from .crossing import KEYS, NEVER, list_new_keys, narrow, run, run_tau
+from .events import fraction_bits, quantise
 from .filter import length
-
-KEYS: tl.constexpr = tl.constexpr(8)  # new keys between two looks at whether any event of a window still waits
 
 
 @triton.jit
@@ -32,7 +31,8 @@ def _count(packed, TAU: tl.constexpr):
 @triton.jit
 def _edges(table_ptr, first_x_ptr, first_rank_ptr, p, width, M, goal, limit, BLOCKS: tl.constexpr, SPAN: tl.constexpr,
            TAU: tl.constexpr):  # fmt: skip
-    """Events [low, high) hold all that can cross in stretch p; sums over the events before low, of earlier keys."""
+    """Events [low, high) hold all that can cross in stretch p; sums over the events before low, of earlier keys; and
+    the value of low."""
     b = tl.arange(0, BLOCKS)
     blocks = tl.cdiv(2 * M, SPAN)
     inside = b < blocks
@@ -45,6 +45,7 @@ def _edges(table_ptr, first_x_ptr, first_rank_ptr, p, width, M, goal, limit, BLO
         totals = tl.load(at + width, mask=inside, other=0)
         later_totals = tl.load(at + 3 * width, mask=inside, other=0)
         x = tl.load(first_x_ptr + b, mask=inside, other=0)
+        value_at = x
         total = tl.cumsum(totals, 0) - totals
         value = total - before * x
         value_after = tl.cumsum(later_totals, 0) - later_totals - before_later * x
@@ -53,6 +54,7 @@ def _edges(table_ptr, first_x_ptr, first_rank_ptr, p, width, M, goal, limit, BLO
     else:
         start = tl.load(first_rank_ptr + b, mask=inside, other=0)
         total = before
+        value_at = before
         value = before
         value_after = before_later
         last = M
@@ -62,40 +64,8 @@ def _edges(table_ptr, first_x_ptr, first_rank_ptr, p, width, M, goal, limit, BLO
     high = tl.where(end < blocks, tl.sum(tl.where(b == end, start, 0), 0), last)
     return (
         tl.sum(tl.where(at_first, start, 0), 0), high, tl.sum(tl.where(at_first, before, 0), 0),
-        tl.sum(tl.where(at_first, total, 0), 0),
+        tl.sum(tl.where(at_first, total, 0), 0), tl.sum(tl.where(at_first, value_at, 0), 0),
     )  # fmt: skip
-
-
-@triton.jit
-def _new_keys(x, add, new_t_ptr, new_x_ptr, c0, C: tl.constexpr):
-    """List the stretch's keys that add to F anywhere in the range, in time order; returns their number."""
-    count = add.to(tl.int32)
-    slot = tl.cumsum(count, 0) - count
-    tl.store(new_t_ptr + slot, c0 + tl.arange(0, C), mask=add)
-    tl.store(new_x_ptr + slot, x, mask=add)
-    return tl.sum(count, 0)
-
-
-@triton.jit
-def _run(value, x, minus, new_x_ptr, n, new, one, goal, limit, TAU: tl.constexpr):
-    """How many of (the state before, the state after each new key) leave each event's F below goal, and below limit,
-    which only minus events wait for. ``value`` is F after n new keys, before which no event crosses."""
-    reach = n + (value < goal).to(tl.int32)
-    pass_ = n + (value < limit).to(tl.int32)
-    waiting = tl.max(((value < goal) | (minus & (value < limit))).to(tl.int32), 0) > 0
-    while waiting & (n < new):
-        for g in tl.static_range(KEYS):
-            if TAU:
-                q = tl.load(new_x_ptr + n + g, mask=n + g < new, other=-(1 << 62))
-                value += tl.minimum(tl.maximum(q - x, 0), one)
-                pass_ += (value < limit).to(tl.int32)
-            else:
-                rank = tl.load(new_x_ptr + n + g, mask=n + g < new, other=0x7FFFFFFF)
-                value += (rank < x).to(tl.int32)
-            reach += (value < goal).to(tl.int32)
-        n += KEYS
-        waiting = tl.max(((value < goal) | (minus & (value < limit))).to(tl.int32), 0) > 0
-    return reach, pass_
 
 
 @triton.jit
@@ -159,15 +129,17 @@ def _changes(change_ptr, t, sign, x, minus, reach, pass_, reach_t, pass_t, new, 
 @triton.jit
 def _walk(
     table_ptr, first_x_ptr, first_rank_ptr, ev_x_ptr, ev_t_ptr, scores_ptr, place_ptr, minus_at_ptr, ring_ptr,
-    new_t_ptr, new_x_ptr, change_ptr, tau_ptr, interior_ptr, plus_end_ptr, minus_end_ptr, p, blocks, M, K, shift, fine,
-    few, one, BLOCKS: tl.constexpr, SPAN: tl.constexpr, C: tl.constexpr, WINDOW: tl.constexpr, SCAN: tl.constexpr,
-    RING: tl.constexpr, SUBS: tl.constexpr, TAU: tl.constexpr,
+    new_t_ptr, new_x_ptr, narrow_ptr, change_ptr, tau_ptr, interior_ptr, plus_end_ptr, minus_end_ptr, p, blocks, M, K,
+    shift, fine, few, bits, BLOCKS: tl.constexpr, SPAN: tl.constexpr, C: tl.constexpr, WINDOW: tl.constexpr,
+    SCAN: tl.constexpr, RING: tl.constexpr, SUBS: tl.constexpr, TAU: tl.constexpr,
 ):  # fmt: skip
     c0 = _start(p, K, fine, few, C)
     c1 = tl.minimum(c0 + tl.where(p < few, fine, C), M)
     goal = K
     limit = goal
+    one = goal * 0 + 1
     if TAU:
+        one = tl.full([], 1, tl.int64) << bits
         goal = K.to(tl.int64) * one
         limit = goal + 1  # a saturated key stops being so once F(u - 1) is above K
         tl.store(change_ptr + tl.arange(0, C), tl.zeros([C], tl.int64))
@@ -184,20 +156,27 @@ def _walk(
         q = (packed >> 32).to(tl.int32)
         plus_at = q
         minus_at = plus_at
-    low, high, count, total = _edges(
+    low, high, count, total, origin = _edges(
         table_ptr, first_x_ptr, first_rank_ptr, p, blocks, M, goal, limit, BLOCKS, SPAN, TAU
     )  # fmt: skip
-    new = _new_keys(q, mine & (plus_at < high), new_t_ptr, new_x_ptr, c0, C)
+    listed = mine & (plus_at < high)
+    near = q
+    drop = tl.maximum(bits - (20 if C > 256 else 22), 0)
+    rounded = low * 0
+    if TAU:  # C units of what is left of a fixed-point number fit into int32
+        near = narrow(q, origin, drop)
+        rounded = tl.max((listed & (((q - origin) & ((1 << drop) - 1)) != 0)).to(tl.int32), 0)
+    new = list_new_keys(q, near, listed, new_t_ptr, new_x_ptr, narrow_ptr, c0, C, TAU)
 
     # Sums over the events before the window, of keys born before each part of the stretch.
     edge = c0 + tl.arange(0, SUBS) * (C // SUBS)
     counts_s = count + tl.zeros([SUBS], tl.int32)
     totals_s = total + tl.zeros([SUBS], total.dtype)
     skips = (SUBS > 1) & (new > C // 4)  # fewer new keys are walked over faster than they are skipped
-    listed = edge * 0
+    walked = edge * 0
     if skips:
         earlier = key[None, :] < edge[:, None]
-        listed = tl.sum((earlier & (mine & (plus_at < high))[None, :]).to(tl.int32), 1)
+        walked = tl.sum((earlier & listed[None, :]).to(tl.int32), 1)
         before_low = (mine & (plus_at < low)).to(tl.int32)
         if TAU:
             gone = (mine & (minus_at < low)).to(tl.int32)
@@ -205,14 +184,13 @@ def _walk(
             before_low -= gone
         counts_s += tl.sum(tl.where(earlier, before_low[None, :], 0), 1)
 
-    base = (
-        count.to(tl.int64) << 32
-    ) + count  # of the events that have not crossed before the stretch: count twice, and total
-    base_total = total
-    passed = high  # events from here on have crossed before the stretch
-    root = tl.full([], -(1 << 62), tl.int64)  # the largest x found with F >= K before the stretch
     s = tl.arange(0, SCAN)
     w = tl.arange(0, WINDOW)
+    # Of the events that have not crossed before the stretch, by place in a window: count twice, and total.
+    base = tl.where(w == 0, (count.to(tl.int64) << 32) + count, 0)
+    base_total = tl.where(w == 0, total, 0)
+    passed = high  # events from here on have crossed before the stretch
+    root = tl.full([], NEVER, tl.int64)  # the largest x found with F >= K before the stretch
     at = low
     head = low * 0
     tail = low * 0
@@ -245,7 +223,7 @@ def _walk(
             if skips:
                 # Where parts are skipped no event has crossed before the stretch: F after them tells the same.
                 part, counts_after, totals_after = _skip(counts_s, totals_s, edge, t, sign, x, live, goal, TAU)
-                skipped = _among(listed, part, SUBS)
+                skipped = _among(walked, part, SUBS)
                 then = tl.where(live & (t < c0 + part * (C // SUBS)), sign, 0)
                 moments = _signed(x, then)
                 value = _among(totals_s, part, SUBS) + tl.cumsum(moments, 0) - moments
@@ -258,13 +236,9 @@ def _walk(
                 total += tl.sum(weights, 0)
             below = value < goal
             own = tl.where(below | (minus & (value < limit)), signs, 0).to(tl.int64) << 32
-            own += tl.where(below, signs, 0)
-            base += tl.sum(own, 0)
-            base_total += tl.sum(tl.where(below, weights, 0), 0)
-            # Below the root nothing waits: where F is K on an interval no key, and so no minus event, lies inside.
-            reached = live & ~below
-            root = tl.maximum(root, tl.max(tl.where(reached, x, -(1 << 62)), 0))
-            crossed = reached & ((value >= limit) | (x < root))
+            base += own + tl.where(below, signs, 0)
+            base_total += tl.where(below, weights, 0)
+            crossed = live & ~below
         else:
             t = event
             minus = live & False
@@ -273,7 +247,7 @@ def _walk(
             if skips:
                 ones = live.to(tl.int32)
                 part, counts_after, totals_after = _skip(counts_s, totals_s, edge, t, ones, x, live, goal, TAU)
-                skipped = _among(listed, part, SUBS)
+                skipped = _among(walked, part, SUBS)
                 olds = (live & (t < c0 + part * (C // SUBS))).to(tl.int32)
                 value = _among(counts_s, part, SUBS) + tl.cumsum(olds, 0) - olds
                 counts_s = counts_after
@@ -283,8 +257,17 @@ def _walk(
                 count += tl.sum(olds, 0)
             crossed = live & (value >= goal)
         done = tl.max(crossed.to(tl.int32), 0) > 0
-        value = tl.where(live, value, limit)
-        reach, pass_ = _run(value, x, minus, new_x_ptr, skipped, new, one, goal, limit, TAU)
+        if TAU and done:
+            # Below the root nothing waits: where F is K on an interval no key, and so no minus event, lies inside.
+            root = tl.maximum(root, tl.max(tl.where(crossed, x, NEVER), 0))
+            done = tl.max((crossed & ((value >= limit) | (x < root))).to(tl.int32), 0) > 0
+        rest = tl.where(live, value - goal, one)
+        if TAU:
+            reach, pass_ = run_tau(
+                rest, x, minus, live, new_x_ptr, narrow_ptr, skipped, new, one, origin, drop, rounded, C
+            )
+        else:
+            reach, pass_ = run(rest, x, minus, narrow_ptr, skipped, new, one, 0, False)
         reach_t = _time(reach, new_t_ptr, new, c0)
         if TAU:
             pass_t = _time(pass_, new_t_ptr, new, c0)
@@ -301,8 +284,8 @@ def _walk(
         tl.debug_barrier()
         more = ~done & ((at < high) | (head < tail))
     _finish(
-        q, plus_at, minus_at, change_ptr, tau_ptr, interior_ptr, plus_end_ptr, minus_end_ptr, c0, c1, low, passed, base,
-        base_total, goal, shift, one, C, TAU,
+        q, plus_at, minus_at, change_ptr, tau_ptr, interior_ptr, plus_end_ptr, minus_end_ptr, c0, c1, low, passed,
+        tl.sum(base, 0), tl.sum(base_total, 0), goal, shift, one, C, TAU,
     )  # fmt: skip
 
 
@@ -335,19 +318,22 @@ def _finish(
 @triton.jit(do_not_specialize=["K", "M", "N", "shift", "fine", "few", "blocks", "stretches", "first"])
 def walk_kernel(
     scores_ptr, table_ptr, first_x_ptr, first_rank_ptr, us_ptr, ev_x_ptr, ev_t_ptr, order_ptr, place_ptr, minus_at_ptr,
-    ring_ptr, new_t_ptr, new_x_ptr, change_ptr, tau_ptr, interior_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr, count_ptr,
-    first, stretches, blocks, M, N, shift, K, fine, few, LOG: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr,
-    C: tl.constexpr, WINDOW: tl.constexpr, SCAN: tl.constexpr, RING: tl.constexpr, SUBS: tl.constexpr,
-    COUNTED: tl.constexpr,
+    ring_ptr, new_t_ptr, new_x_ptr, narrow_ptr, change_ptr, tau_ptr, interior_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr,
+    count_ptr, first, stretches, blocks, M, N, shift, K, fine, few, LOG: tl.constexpr, BLOCKS: tl.constexpr,
+    SPAN: tl.constexpr, C: tl.constexpr, WINDOW: tl.constexpr, SCAN: tl.constexpr, RING: tl.constexpr,
+    SUBS: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
-    """The results of a stretch of queries and of the keys that change in it, for tau (axis 0 even) or ranks (odd).
+    """The results of a stretch of queries and of the keys that change in it, for tau or ranks, of a row (axis 0).
 
-    Program axis 1: the stretch, from ``first``; the first ones, in which most happens, start first. ``few`` stretches
-    have ``fine`` keys, the others C. ``shift`` is the window: prefix t is query t + shift's. Scratch by program: ring
-    int32 [RING], new_t int32 [C], new_x int64 [C], change int64 [2, C].
+    Program axis 1: the stretch, from ``first``, for tau, which takes longer and so starts first, and then for ranks; of
+    either the first ones, in which most happens, start first. ``few`` stretches have ``fine`` keys, the others C.
+    ``shift`` is the window: prefix t is query t + shift's. Scratch by program: ring int32 [RING], new_t int32 [C],
+    new_x int64 [C + KEYS], narrow int32 [C + KEYS], change int64 [2, C].
     """
-    row = tl.program_id(0).to(tl.int64) // 2
-    p = first + tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
+    programs = tl.num_programs(1) // 2
+    is_tau = tl.program_id(1) < programs
+    p = first + tl.program_id(1) % programs
     m = length(count_ptr, row, M, COUNTED)
     if _start(p, K, fine, few, C) >= m:
         return
@@ -360,19 +346,19 @@ def walk_kernel(
     minus_at_ptr += row * M
     ring_ptr += task * RING
     new_t_ptr += task * C
-    new_x_ptr += task * C
-    if tl.program_id(0) % 2 == 0:
-        one = fixed_point(us_ptr + row * M, m, LOG)
+    new_x_ptr += task * (C + KEYS)
+    narrow_ptr += task * (C + KEYS)
+    if is_tau:
+        bits = fraction_bits(us_ptr + row * M, m, LOG)
         _walk(
             table_ptr, first_x_ptr, first_rank_ptr, ev_x_ptr + row * 2 * M, ev_t_ptr + row * 2 * M, scores_ptr,
-            place_ptr, minus_at_ptr, ring_ptr, new_t_ptr, new_x_ptr, change_ptr + task * 2 * C, tau_ptr + row * N,
-            interior_ptr + row * N, sup_end_ptr + row * N, sat_end_ptr + row * N, p, blocks, m, K, shift, fine, few,
-            one, BLOCKS, SPAN, C, WINDOW, SCAN, RING, SUBS, True,
+            place_ptr, minus_at_ptr, ring_ptr, new_t_ptr, new_x_ptr, narrow_ptr, change_ptr + task * 2 * C,
+            tau_ptr + row * N, interior_ptr + row * N, sup_end_ptr + row * N, sat_end_ptr + row * N, p, blocks, m, K,
+            shift, fine, few, bits, BLOCKS, SPAN, C, WINDOW, SCAN, RING, SUBS, True,
         )  # fmt: skip
     else:
-        ranks_ptr = new_x_ptr.to(tl.pointer_type(tl.int32))
         _walk(
             table_ptr, first_x_ptr, first_rank_ptr, ev_x_ptr, order_ptr + row * M, scores_ptr, place_ptr, minus_at_ptr,
-            ring_ptr, new_t_ptr, ranks_ptr, change_ptr, tau_ptr, interior_ptr, expiry_ptr + row * N, expiry_ptr, p,
-            blocks, m, K, shift, fine, few, 1, BLOCKS, SPAN, C, WINDOW, SCAN, RING, SUBS, False,
+            ring_ptr, new_t_ptr, new_x_ptr, narrow_ptr, change_ptr, tau_ptr, interior_ptr, expiry_ptr + row * N,
+            expiry_ptr, p, blocks, m, K, shift, fine, few, 0, BLOCKS, SPAN, C, WINDOW, SCAN, RING, SUBS, False,
         )  # fmt: skip

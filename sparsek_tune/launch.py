@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import launcher
+from .kernel_templates import crossing
 from .kernel_templates import dkv as dkv_t
 from .kernel_templates import dq as dq_t
 from .kernel_templates import events as events_t
@@ -148,12 +149,14 @@ def _threshold(
     walks = _cdiv(stretches, max(1, threshold_t.PROGRAMS // (2 * rows)))
     programs = _cdiv(stretches, walks)
     sort, ring, tasks = config["SORT"], threshold_t.ring(config), 2 * rows * programs
+    listed = chunk + crossing.KEYS.value
     table, first_x, places, new_x, change, events, sums = _carve(
-        scores, torch.int64, rows * (1 + stretches) * 2 * blocks, rows * blocks, rows * m, tasks * chunk,
+        scores, torch.int64, rows * (1 + stretches) * 2 * blocks, rows * blocks, rows * m, tasks * listed,
         2 * tasks * chunk, rows * 2 * m, rows * 2 * m,
     )  # fmt: skip
-    codes, sorted_codes, minus_at, first_rank, rings, new_t, order, us, other_order, other_us = _carve(
-        scores, torch.int32, *2 * [rows * 2 * m], rows * m, rows * blocks, tasks * ring, tasks * chunk, *4 * [rows * m]
+    codes, sorted_codes, minus_at, first_rank, rings, new_t, narrow, order, us, other_order, other_us = _carve(
+        scores, torch.int32, *2 * [rows * 2 * m], rows * m, rows * blocks, tasks * ring, tasks * chunk,
+        tasks * listed, *4 * [rows * m],
     )  # fmt: skip
     us, other_us = us.view(torch.float32), other_us.view(torch.float32)
     counted = count is not None
@@ -181,9 +184,9 @@ def _threshold(
     )  # fmt: skip
     for first in range(0, stretches, programs):
         _run(
-            walk_t.walk_kernel, (2 * rows, min(programs, stretches - first)),
-            scores, table, first_x, first_rank, us, events, codes, order, places, minus_at, rings, new_t, new_x, change,
-            tau, interior, expiry, sat_end, sup_end, size, first, stretches, blocks, m, n, window, k, fine, few,
+            walk_t.walk_kernel, (rows, 2 * min(programs, stretches - first)),
+            scores, table, first_x, first_rank, us, events, codes, order, places, minus_at, rings, new_t, new_x, narrow,
+            change, tau, interior, expiry, sat_end, sup_end, size, first, stretches, blocks, m, n, window, k, fine, few,
             LOG=log, BLOCKS=next_pow2(blocks), SPAN=span, C=chunk, WINDOW=config["WINDOW"], SCAN=config["SCAN"],
             RING=ring, SUBS=threshold_t.parts(chunk), COUNTED=counted, num_warps=config["walk_warps"],
             maxnreg=config["walk_registers"],
@@ -198,7 +201,6 @@ def schedule(scores: Tensor, selection: Selection, k: int, window: int, config: 
     if m <= 0:
         return None
     segment = config["SEGMENT"]
-    coarse, coarse_warps = schedule_t.coarse(config)
     cap, segments = min(k, m), _cdiv(n, segment)
     parent, count, parents, parent_size = expiry, expiry, 1, 0
     keys, starts, blocks = expiry, expiry, _cdiv(m, schedule_t.STRIDE)
@@ -214,7 +216,7 @@ def schedule(scores: Tensor, selection: Selection, k: int, window: int, config: 
         _run(
             schedule_t.alive_kernel, (nodes, rows),
             expiry, keys, starts, parent, count, children, counts, n, m, window, parents, blocks, cap, SIZE=size,
-            PARENT_SIZE=parent_size, BLOCK=coarse, STRIDE=schedule_t.STRIDE, num_warps=coarse_warps,
+            PARENT_SIZE=parent_size, BLOCK=schedule_t.READ, STRIDE=schedule_t.STRIDE, num_warps=config["num_warps"],
         )  # fmt: skip
         parent, count, parents, parent_size = children, counts, nodes, size
     stay, evicted = _carve(expiry, torch.int32, rows * segments * cap, rows * n)
@@ -234,7 +236,8 @@ def schedule(scores: Tensor, selection: Selection, k: int, window: int, config: 
         schedule_t.segments_kernel, (segments, rows),
         scores, expiry, selection.sat_end, keys, starts, parent, count, stay, evicted, *out[:8], n, m, window, parents,
         blocks, cap, cap + segment, SEGMENT=segment, PARENT_SIZE=parent_size, BLOCK=config["BLOCK"],
-        STRIDE=schedule_t.STRIDE, num_warps=config["num_warps"],
+        READ=config["BLOCK"] if sizes else schedule_t.READ, STRIDE=schedule_t.STRIDE, num_warps=config["num_warps"],
+        maxnreg=config["registers"],
     )  # fmt: skip
     return out
 

@@ -66,7 +66,7 @@ def test_keys_of_many_segments(k, w, g, d, gate, block):
     assert int((selection.expiry[..., 0] - 1 - w).min()) // size >= 2 * dkv.AHEAD.value - 1 - w // size
     tile = Config(BM=16, BN=16, num_warps=4, num_stages=1, registers=255)
     with poisoned():
-        lists = launch.schedule(scores, selection, k, w, Config(SEGMENT=size, BLOCK=64, num_warps=1))
+        lists = launch.schedule(scores, selection, k, w, Config(SEGMENT=size, BLOCK=64, num_warps=1, registers=64))
         args = query, key, value, scores
         _, delta, gbar = launch.dq(
             dout, *args, out.float(), lse.float(), selection, lists, w, scale, gate, tile
