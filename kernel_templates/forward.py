@@ -41,26 +41,29 @@ COLUMNS = tl.constexpr(8)  # of ones: the fewest of a product of the tensor core
 
 
 @triton.jit
-def _accumulate(acc, peak, norm, x, g, v, GATED: tl.constexpr, ONLINE: tl.constexpr):
-    """Add exp2(x - peak) of the logits x (base 2), gated by g, to the sums; ONLINE raises peak to the largest."""
+def _accumulate(acc, peak, norm, total, x, g, v, GATED: tl.constexpr, ONLINE: tl.constexpr):
+    """Add exp2(x - peak) of the logits x (base 2), gated by g, to the sums; ONLINE raises peak to the largest.
+
+    Each column of norm has the sum of the ungated weights as rounded to bfloat16, by a product with ones, for which the
+    tensor cores have time: where one key has most of the weight its rounding cancels (its weight is not 1, as with a
+    running maximum). total has that of all others as they are: a gated weight is rounded after its gate, so nothing
+    would cancel, and a query's only key has a weight of 1 in the backward pass, as du, a difference, needs.
+    """
     if ONLINE:
         new_peak = tl.maximum(peak, tl.max(x, 1))
         shrink = tl.exp2(peak - new_peak)
         acc = acc * shrink[:, None]
-        norm = norm * shrink
+        total = total * shrink
         peak = new_peak
     p = tl.exp2(x - peak[:, None])
-    if v.dtype == tl.bfloat16 and not ONLINE:
-        # The sum of the rounded weights, so that where one key has most of the weight its rounding cancels (its weight
-        # is not 1, as with a running maximum); and tensor cores, of which each column has it, have time for it.
-        ones = tl.full([p.shape[1], COLUMNS], 1.0, v.dtype)
-        norm = tl.dot(p.to(v.dtype), ones, norm)
+    if v.dtype == tl.bfloat16 and not GATED and not ONLINE:
+        norm = tl.dot(p.to(v.dtype), tl.full([p.shape[1], COLUMNS], 1.0, v.dtype), norm)
     else:
-        norm += tl.sum(p, 1)
+        total += tl.sum(p, 1)
     if GATED:
         p = p * g
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
-    return acc, peak, norm
+    return acc, peak, norm, total
 
 
 @triton.jit
@@ -104,8 +107,8 @@ def _reference(
 
 @triton.jit
 def _masked(
-    acc, peak, norm, q, near, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr, runs, first, window,
-    log_scale, D: tl.constexpr, BD: tl.constexpr, GATE: tl.constexpr, WIDE: tl.constexpr, BN: tl.constexpr,
+    acc, peak, norm, total, q, near, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr, runs, first,
+    window, log_scale, D: tl.constexpr, BD: tl.constexpr, GATE: tl.constexpr, WIDE: tl.constexpr, BN: tl.constexpr,
     ONLINE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Add the masked runs of a list to the sums. near: the rows' queries, from ``first`` on."""
@@ -122,14 +125,14 @@ def _masked(
         middle, half = interval(first_query, lasting, first)
         x = mask_logits(s * log_scale, near[:, None], middle[None, :], half[None, :])
         v = load_rows(v_ptr, j, sv_n, n < BN, D, BD, WIDE)
-        acc, peak, norm = _accumulate(acc, peak, norm, x, g, v, GATE != GATE_NONE, ONLINE)
+        acc, peak, norm, total = _accumulate(acc, peak, norm, total, x, g, v, GATE != GATE_NONE, ONLINE)
         j = next_j
-    return acc, peak, norm
+    return acc, peak, norm, total
 
 
 @triton.jit
 def _edges(
-    acc, peak, norm, q, near, k_ptr, v_ptr, sk_n, sv_n, lo, clear, end, first, last, window, log_scale,
+    acc, peak, norm, total, q, near, k_ptr, v_ptr, sk_n, sv_n, lo, clear, end, first, last, window, log_scale,
     D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, BN: tl.constexpr, ONLINE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Add the window keys that not all of the tile's queries see."""
@@ -140,8 +143,8 @@ def _edges(
         middle, half = interval(j, lasting, first)
         x = mask_logits(x, near[:, None], middle[None, :], half[None, :])
         v = load_rows(v_ptr, j, sv_n, j >= 0, D, BD, WIDE)
-        acc, peak, norm = _accumulate(acc, peak, norm, x, x, v, False, ONLINE)
-    return acc, peak, norm
+        acc, peak, norm, total = _accumulate(acc, peak, norm, total, x, x, v, False, ONLINE)
+    return acc, peak, norm, total
 
 
 @triton.jit(do_not_specialize=["N", "window", "segments", "KV_HEADS"])
@@ -200,7 +203,8 @@ def forward_kernel(
 
     tau = tl.load(tau_ptr + row * N + i, mask=i < N, other=float("-inf"))
     acc = tl.zeros([BM, BD], tl.float32)
-    norm = tl.zeros([BM, COLUMNS], tl.float32) if q.dtype == tl.bfloat16 else tl.zeros([BM], tl.float32)
+    norm = tl.zeros([BM, COLUMNS], tl.float32)
+    total = tl.zeros([BM], tl.float32)
 
     # The next block's indices are loaded one step early, so that the gathers do not wait for them.
     listed = (end - plain) // BN
@@ -210,8 +214,16 @@ def forward_kernel(
         k = load_rows(k_ptr, j, sk_n, n < BN, D, BD, WIDE)
         x = tl.dot(q, tl.trans(k), input_precision="ieee") * log_scale
         v = load_rows(v_ptr, j, sv_n, n < BN, D, BD, WIDE)
-        acc, peak, norm = _accumulate(acc, peak, norm, x, x, v, False, ONLINE)
+        acc, peak, norm, total = _accumulate(acc, peak, norm, total, x, x, v, False, ONLINE)
         j = next_j
+
+    if WINDOW:
+        acc, peak, norm, total = _edges(
+            acc, peak, norm, total, q, near, k_ptr, v_ptr, sk_n, sv_n, window_lo, window_clear, window_end, first, last,
+            window, log_scale, D, BD, WIDE, BN, ONLINE, STAGES,
+        )  # fmt: skip
+    if q.dtype == tl.bfloat16:
+        total = tl.max(norm, 1)
 
     if SELECTED and GATE != GATE_NONE:
         j = tl.load(list_ptr + gated_entries(0, clear, plain, end, BN))
@@ -225,44 +237,42 @@ def forward_kernel(
             if GATE == GATE_KV:
                 s = s * g
             v = load_rows(v_ptr, j, sv_n, n < BN, D, BD, WIDE)
-            acc, peak, norm = _accumulate(acc, peak, norm, s * log_scale, g, v, True, ONLINE)
+            acc, peak, norm, total = _accumulate(acc, peak, norm, total, s * log_scale, g, v, True, ONLINE)
             j = next_j
 
     if SELECTED:
-        acc, peak, norm = _masked(
-            acc, peak, norm, q, near, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr, runs, first,
-            window, log_scale, D, BD, GATE, WIDE, MASKED, ONLINE, STAGES,
+        acc, peak, norm, total = _masked(
+            acc, peak, norm, total, q, near, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr,
+            runs, first, window, log_scale, D, BD, GATE, WIDE, MASKED, ONLINE, STAGES,
         )  # fmt: skip
-    if WINDOW:
-        acc, peak, norm = _edges(
-            acc, peak, norm, q, near, k_ptr, v_ptr, sk_n, sv_n, window_lo, window_clear, window_end, first, last,
-            window, log_scale, D, BD, WIDE, BN, ONLINE, STAGES,
-        )  # fmt: skip
+    if q.dtype == tl.bfloat16 and GATE == GATE_NONE:
+        total = tl.max(norm, 1)
     if not ONLINE:
-        if q.dtype == tl.bfloat16:
-            norm = tl.max(norm, 1)
-        good = (norm >= SMALL) & (tl.maximum(norm, tl.max(tl.abs(acc), 1)) <= LARGE)
+        # Not for the first tile: where one key is all there is, its weight has to be 1, which bfloat16 holds exactly.
+        # Any other is rounded, and that would show in delta, and from there in dq, which is zero.
+        good = (total >= SMALL) & (tl.maximum(total, tl.max(tl.abs(acc), 1)) <= LARGE) & (i >= BQ)
         if tl.min((good | (ok == 0)).to(tl.int32), 0) == 0:
             acc = tl.zeros([BM, BD], tl.float32)
-            norm = tl.zeros([BM], tl.float32)
+            total = tl.zeros([BM], tl.float32)
             peak = tl.full([BM], float("-inf"), tl.float32)
             if SELECTED:
-                acc, peak, norm = _masked(
-                    acc, peak, norm, q, near, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr,
-                    (lo, hi, hi, hi, late, late_hi), first, window, log_scale, D, BD, GATE, WIDE, MASKED, True, 1,
+                acc, peak, norm, total = _masked(
+                    acc, peak, norm, total, q, near, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr,
+                    list_expiry_ptr, (lo, hi, hi, hi, late, late_hi), first, window, log_scale, D, BD, GATE, WIDE,
+                    MASKED, True, 1,
                 )  # fmt: skip
             if WINDOW:
-                acc, peak, norm = _edges(
-                    acc, peak, norm, q, near, k_ptr, v_ptr, sk_n, sv_n, window_lo, window_end, window_end, first, last,
-                    window, log_scale, D, BD, WIDE, MASKED, True, 1,
+                acc, peak, norm, total = _edges(
+                    acc, peak, norm, total, q, near, k_ptr, v_ptr, sk_n, sv_n, window_lo, window_end, window_end,
+                    first, last, window, log_scale, D, BD, WIDE, MASKED, True, 1,
                 )  # fmt: skip
 
-    o = acc / tl.where(norm > 0, norm, 1.0)[:, None]
+    o = acc / tl.where(total > 0, total, 1.0)[:, None]
     at_out = i * so_n + h * so_h
     if WIDE:
         at_out = i.to(tl.int64) * so_n + h.to(tl.int64) * so_h
     store_rows(o_ptr + batch * so_b + head * G * so_h, at_out, 1, ok, o, D, BD, WIDE)
-    lse = (peak + tl.log2(norm)) / LOG2E
+    lse = (peak + tl.log2(total)) / LOG2E
     tl.store(lse_ptr + (row * G + h) * N + i, lse, mask=ok)
 
 

@@ -12,7 +12,6 @@ from sparsek_tune.presets import shapes as all_shapes
 DISTRIBUTIONS = ("iid", "slope", "trained")
 PEERS = ("cudnn", "flash", "flex", "nsa", "adasplash")
 STAGES = ("threshold", "schedule", "forward", "dq", "dkv")
-INDEX = ("threshold", "schedule")  # the stages that only find out which keys are read
 BACKWARD_FLOPS = 2.5  # five matrix products where forward has two
 
 # (n, k, w): the crossover with dense attention, then long sequences, then the same number of keys with a window.

@@ -14,9 +14,11 @@ from sparsek_tune.tune.stages import Inputs, Pipeline
 
 
 class Stages(NamedTuple):
-    """Every stage alone, over results of those before it that were computed once; and the index tensors they share."""
+    """Every stage alone, over results of those before it that were computed once; threshold and schedule one after the
+    other, as the operator runs them; and the index tensors they share."""
 
     run: dict[str, Callable[[], Any]]
+    find: Callable[[], Any]
     index: list[Tensor]
 
 
@@ -30,7 +32,8 @@ def stages(i: Inputs, configs: Mapping[str, Config]) -> Stages:
         "dq": lambda: pipeline.dq(configs["dq"]),
         "dkv": lambda: pipeline.dkv(configs["dkv"]),
     }
-    return Stages(run, [*_tensors(pipeline.selection), *_tensors(pipeline.schedule_)])
+    index = [*_tensors(pipeline.selection), *_tensors(pipeline.schedule_)]
+    return Stages(run, lambda: Pipeline(i, configs).schedule_, index)
 
 
 def _tensors(x: Any) -> Iterator[Tensor]:

@@ -134,6 +134,7 @@ def _worst(entry: Entry) -> str | None:
 STAGE_COLUMNS: list[tuple[str, Callable[[Entry], Any]]] = [
     ("torch.sort", _at("sort", "median")),
     *((name, _at("stages", name, "median")) for name in STAGES),
+    ("threshold, schedule", _at("index", "median")),
     ("index %", _at("index_share", scale=100.0)),
     ("fwd kernel TFLOP/s", _at("tflops", "kernel_forward")),
     ("dq+dkv TFLOP/s", _at("tflops", "kernel_backward")),

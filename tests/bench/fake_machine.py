@@ -62,4 +62,4 @@ def reference_stages(i, configs):
         "dq": lambda: reference.attention_backward(i.dout, *tensors, out, lse, selection, *options),
         "dkv": lambda: torch.zeros_like(i.key),
     }
-    return ours.Stages(run, list(selection))
+    return ours.Stages(run, run["threshold"], list(selection))

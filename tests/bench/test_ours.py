@@ -35,6 +35,8 @@ def test_the_real_stages_run_and_agree(device):
     want = reference.sparsek_attention(*i[:4], i.k, window=i.window)
     assert torch.allclose(results["forward"]["out"], want, atol=1e-5)
     assert results["dq"]["dq"].shape == i.query.shape and results["dkv"]["dk"].shape == i.key.shape
+    found = made.find()
+    assert torch.equal(found.keys, made.run["schedule"]().keys)
     assert len(made.index) > 5 and ours.index_bytes(made.index) >= 5 * 96 * 4
 
 
