@@ -43,18 +43,22 @@ def narrow(x, origin, drop):
 
 
 @triton.jit
-def _waits(value, minus, limit):
-    return tl.max(((value < 0) | (minus & (value < limit))).to(tl.int32), 0) > 0
+def both_any(a, b):
+    """Whether any of a, and whether any of b: of up to 32767 each, by one reduction."""
+    counts = tl.sum(a.to(tl.int32) + (b.to(tl.int32) << 16), 0)
+    return (counts & 0xFFFF) > 0, counts > 0xFFFF
 
 
 @triton.jit
-def run(value, x, minus, new_x_ptr, n, new, one, limit, TAU: tl.constexpr):
+def run(value, x, minus, new_x_ptr, n, new, one, limit, rounded, far, TAU: tl.constexpr):
     """How many of (the state before, the state after each new key) leave each event's F below goal, and below goal +
-    limit, which only minus events wait for. ``value`` is F - goal after n new keys, before which no event crosses."""
+    limit, which only minus events wait for; and, where F is rounded, whether these differ for any event, or any is far.
+    ``value`` is F - goal after n new keys, before which no event crosses."""
     reach = n + (value < 0).to(tl.int32)
     pass_ = n + (value - limit < 0).to(tl.int32)  # the sign of a difference is one instruction less than a comparison
-    waiting = _waits(value, minus, limit)
-    while waiting & (n < new):
+    more = n >= 0
+    unsure = n < 0
+    while more:  # once at least: past the last key nothing is added
         for g in tl.static_range(KEYS):
             q = tl.load(new_x_ptr + n + g)
             if TAU:
@@ -64,26 +68,29 @@ def run(value, x, minus, new_x_ptr, n, new, one, limit, TAU: tl.constexpr):
                 value += (q < x).to(tl.int32)
             reach += (value < 0).to(tl.int32)
         n += KEYS
-        waiting = _waits(value, minus, limit)
-    return reach, pass_
+        if TAU:
+            waits = (value < 0) | (minus & (value < limit))
+            more, unsure = both_any(waits, far | (rounded & (reach != pass_)))
+        else:
+            more = tl.max((value < 0).to(tl.int32), 0) > 0
+        more = more & (n < new)
+    return reach, pass_, unsure
 
 
 @triton.jit
 def run_tau(value, x, minus, live, new_x_ptr, narrow_ptr, n, new, one, origin, drop, rounded, C: tl.constexpr):
     """:func:`run` of tau in int32, where that tells: a third of the instructions. Without their last ``drop`` bits F
-    and the keys' contributions to it are each off by less than one; two counts bound what is asked for, and where they
-    differ for any event it is done again in int64."""
+    and the keys' contributions to it are each off by less than one, where any of them is rounded at all; two counts
+    bound what is asked for, and where they differ for any event it is done again in int64."""
     x_near = narrow(x, origin, drop)
-    bits = (1 << drop) - 1
-    rounded = (rounded | tl.max((live & ((((x - origin) | value) & bits) != 0)).to(tl.int32), 0)) > 0
     room = one * (C + 1)  # what is further below the goal does not reach it in the stretch
     near = (tl.minimum(tl.maximum(value, -room), one) >> drop).to(tl.int32)
     error = tl.where(rounded, new + 1, 0)
-    reach, pass_ = run(
+    reach, pass_, unsure = run(
         near - error, x_near, minus, narrow_ptr, n, new, (one >> drop).to(tl.int32),
-        tl.where(rounded, -2 * error, 1), True,
+        tl.where(rounded, -2 * error, 1), live & rounded, live & (x_near <= -FAR), True,
     )  # fmt: skip
-    unsure = live & ((rounded & (reach != pass_)) | (x_near <= -FAR))
-    if tl.max(unsure.to(tl.int32), 0) > 0:
-        reach, pass_ = run(value, x, minus, new_x_ptr, n, new, one, 1, True)
+    if unsure:
+        never = minus & (n < 0)
+        reach, pass_, unsure = run(value, x, minus, new_x_ptr, n, new, one, 1, never, never, True)
     return reach, pass_

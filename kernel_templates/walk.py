@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .crossing import KEYS, NEVER, list_new_keys, narrow, run, run_tau
+from .crossing import KEYS, NEVER, both_any, list_new_keys, narrow, run, run_tau
 from .events import fraction_bits, quantise
 from .filter import length
 
@@ -162,10 +162,10 @@ def _walk(
     listed = mine & (plus_at < high)
     near = q
     drop = tl.maximum(bits - (20 if C > 256 else 22), 0)
-    rounded = low * 0
+    rounded = low < 0
     if TAU:  # C units of what is left of a fixed-point number fit into int32
         near = narrow(q, origin, drop)
-        rounded = tl.max((listed & (((q - origin) & ((1 << drop) - 1)) != 0)).to(tl.int32), 0)
+        rounded = tl.max((listed & (((q - origin) & ((1 << drop) - 1)) != 0)).to(tl.int32), 0) > 0
     new = list_new_keys(q, near, listed, new_t_ptr, new_x_ptr, narrow_ptr, c0, C, TAU)
 
     # Sums over the events before the window, of keys born before each part of the stretch.
@@ -256,18 +256,21 @@ def _walk(
                 value = count + tl.cumsum(olds, 0) - olds
                 count += tl.sum(olds, 0)
             crossed = live & (value >= goal)
-        done = tl.max(crossed.to(tl.int32), 0) > 0
+        rest = tl.where(live, value - goal, one)
+        if TAU:
+            done, inexact = both_any(crossed, live & ((((x - origin) | rest) & ((1 << drop) - 1)) != 0))
+        else:
+            done = tl.max(crossed.to(tl.int32), 0) > 0
         if TAU and done:
             # Below the root nothing waits: where F is K on an interval no key, and so no minus event, lies inside.
             root = tl.maximum(root, tl.max(tl.where(crossed, x, NEVER), 0))
             done = tl.max((crossed & ((value >= limit) | (x < root))).to(tl.int32), 0) > 0
-        rest = tl.where(live, value - goal, one)
         if TAU:
             reach, pass_ = run_tau(
-                rest, x, minus, live, new_x_ptr, narrow_ptr, skipped, new, one, origin, drop, rounded, C
+                rest, x, minus, live, new_x_ptr, narrow_ptr, skipped, new, one, origin, drop, rounded | inexact, C
             )
         else:
-            reach, pass_ = run(rest, x, minus, narrow_ptr, skipped, new, one, 0, False)
+            reach, pass_, _ = run(rest, x, minus, narrow_ptr, skipped, new, one, 0, minus, minus, False)
         reach_t = _time(reach, new_t_ptr, new, c0)
         if TAU:
             pass_t = _time(pass_, new_t_ptr, new, c0)
