@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The runs whose results docs/ quotes: benchmarks/published.sh FOLDER [PART...] writes FOLDER/PART.json for each of the
-# parts main, long, million, heads, sparse; all where none is named. Ten to fifteen minutes in all on one H100 and 16
-# cores, about half of them for compiling, ahead of all timing and in parallel.
+# parts main, long, million, heads, sparse; all where none is named. About twenty minutes in all on one H100 and 16 cores,
+# more than half of them for compiling, ahead of all timing and in parallel but for sparse, whose peers compile by themselves.
 # PEERS: a folder with fla-core and adasplash in it, for where installing them would replace torch.
 # RECORDED: the file of a trained model's tensors that main needs; made where it does not exist.
 set -uo pipefail

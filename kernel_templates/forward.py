@@ -1,8 +1,9 @@
 """Forward: one softmax over the window and the selected keys, gates on the fly.
 
-Per tile of queries three loops, from the cheapest: keys that every query sees ungated (saturated ones of the list, the
-inside of the window); keys of the list that every query selects, gated; the rest, gated and masked by the interval of
-queries that see the key. Online softmax in base 2 (Milakov and Gimelshein 2018; FlashAttention-2).
+Per tile of queries four loops: keys that every query sees ungated (saturated ones of the list, the inside of the
+window); the window's edges, masked; keys of the list that every query selects, gated; the rest, gated and masked by the
+interval of queries that see the key. Softmax in base 2, relative to the largest logit of a few keys; online (Milakov
+and Gimelshein 2018; FlashAttention-2) in float16, and where that leaves the safe range.
 """
 
 from __future__ import annotations
@@ -223,7 +224,7 @@ def forward_kernel(
             window, log_scale, D, BD, WIDE, BN, ONLINE, STAGES,
         )  # fmt: skip
     if q.dtype == tl.bfloat16:
-        total = tl.max(norm, 1)
+        total = tl.max(norm, 1)  # all ungated keys come before this line, all gated ones after it
 
     if SELECTED and GATE != GATE_NONE:
         j = tl.load(list_ptr + gated_entries(0, clear, plain, end, BN))
