@@ -42,13 +42,23 @@ COLUMNS = tl.constexpr(8)  # of ones: the fewest of a product of the tensor core
 
 
 @triton.jit
-def _accumulate(acc, peak, norm, total, x, g, v, GATED: tl.constexpr, ONLINE: tl.constexpr):
+def _columns(total, ONES: tl.constexpr):
+    """Sums of the loops over ungated keys: with ONES by products with ones, for which the tensor cores have time."""
+    return tl.zeros([total.shape[0], COLUMNS], tl.float32) if ONES else total
+
+
+@triton.jit
+def _add_columns(total, sums):
+    return total + tl.max(sums, 1) if len(sums.shape) == 2 else sums
+
+
+@triton.jit
+def _accumulate(acc, peak, total, x, g, v, GATED: tl.constexpr, ONLINE: tl.constexpr):
     """Add exp2(x - peak) of the logits x (base 2), gated by g, to the sums; ONLINE raises peak to the largest.
 
-    Each column of norm has the sum of the ungated weights as rounded to bfloat16, by a product with ones, for which the
-    tensor cores have time: where one key has most of the weight its rounding cancels (its weight is not 1, as with a
-    running maximum). total has that of all others as they are: a gated weight is rounded after its gate, so nothing
-    would cancel, and a query's only key has a weight of 1 in the backward pass, as du, a difference, needs.
+    Ungated weights are summed as rounded to v's dtype: where one key has most of the weight its rounding cancels (its
+    weight is not 1, as with a running maximum). A gated weight is rounded after its gate, so nothing would cancel, and
+    a query's only key has a weight of 1 in the backward pass, as du, a difference, needs: it is summed as it is.
     """
     if ONLINE:
         new_peak = tl.maximum(peak, tl.max(x, 1))
@@ -57,14 +67,15 @@ def _accumulate(acc, peak, norm, total, x, g, v, GATED: tl.constexpr, ONLINE: tl
         total = total * shrink
         peak = new_peak
     p = tl.exp2(x - peak[:, None])
-    if v.dtype == tl.bfloat16 and not GATED and not ONLINE:
-        norm = tl.dot(p.to(v.dtype), tl.full([p.shape[1], COLUMNS], 1.0, v.dtype), norm)
-    else:
+    rounded = (p * g if GATED else p).to(v.dtype)
+    if len(total.shape) == 2:
+        total = tl.dot(rounded, tl.full([p.shape[1], COLUMNS], 1.0, v.dtype), total)
+    elif GATED or ONLINE:
         total += tl.sum(p, 1)
-    if GATED:
-        p = p * g
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
-    return acc, peak, norm, total
+    else:
+        total += tl.sum(rounded.to(tl.float32), 1)
+    acc = tl.dot(rounded, v, acc, input_precision="ieee")
+    return acc, peak, total
 
 
 @triton.jit
@@ -108,7 +119,7 @@ def _reference(
 
 @triton.jit
 def _masked(
-    acc, peak, norm, total, q, near, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr, runs, first,
+    acc, peak, total, q, near, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr, runs, first,
     window, log_scale, D: tl.constexpr, BD: tl.constexpr, GATE: tl.constexpr, WIDE: tl.constexpr, BN: tl.constexpr,
     ONLINE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -126,17 +137,18 @@ def _masked(
         middle, half = interval(first_query, lasting, first)
         x = mask_logits(s * log_scale, near[:, None], middle[None, :], half[None, :])
         v = load_rows(v_ptr, j, sv_n, n < BN, D, BD, WIDE)
-        acc, peak, norm, total = _accumulate(acc, peak, norm, total, x, g, v, GATE != GATE_NONE, ONLINE)
+        acc, peak, total = _accumulate(acc, peak, total, x, g, v, GATE != GATE_NONE, ONLINE)
         j = next_j
-    return acc, peak, norm, total
+    return acc, peak, total
 
 
 @triton.jit
 def _edges(
-    acc, peak, norm, total, q, near, k_ptr, v_ptr, sk_n, sv_n, lo, clear, end, first, last, window, log_scale,
+    acc, peak, total, q, near, k_ptr, v_ptr, sk_n, sv_n, lo, clear, end, first, last, window, log_scale,
     D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, BN: tl.constexpr, ONLINE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Add the window keys that not all of the tile's queries see."""
+    sums = _columns(total, v_ptr.dtype.element_ty == tl.bfloat16 and not ONLINE)
     for step in tl.range(0, tl.cdiv(clear - lo + last + 1 - end, BN), num_stages=STAGES):
         j, lasting = edge_keys(step, lo, clear, end, last, window, BN)
         k = load_rows(k_ptr, j, sk_n, j >= 0, D, BD, WIDE)
@@ -144,8 +156,8 @@ def _edges(
         middle, half = interval(j, lasting, first)
         x = mask_logits(x, near[:, None], middle[None, :], half[None, :])
         v = load_rows(v_ptr, j, sv_n, j >= 0, D, BD, WIDE)
-        acc, peak, norm, total = _accumulate(acc, peak, norm, total, x, x, v, False, ONLINE)
-    return acc, peak, norm, total
+        acc, peak, sums = _accumulate(acc, peak, sums, x, x, v, False, ONLINE)
+    return acc, peak, _add_columns(total, sums)
 
 
 @triton.jit(do_not_specialize=["N", "window", "segments", "KV_HEADS"])
@@ -204,10 +216,10 @@ def forward_kernel(
 
     tau = tl.load(tau_ptr + row * N + i, mask=i < N, other=float("-inf"))
     acc = tl.zeros([BM, BD], tl.float32)
-    norm = tl.zeros([BM, COLUMNS], tl.float32)
     total = tl.zeros([BM], tl.float32)
 
     # The next block's indices are loaded one step early, so that the gathers do not wait for them.
+    sums = _columns(total, q.dtype == tl.bfloat16)
     listed = (end - plain) // BN
     j = plain_keys(list_ptr, 0, plain, listed, window_clear, SELECTED, WINDOW, BN)
     for step in range(0, listed + (window_end - window_clear) // BN if WINDOW else listed):
@@ -215,16 +227,9 @@ def forward_kernel(
         k = load_rows(k_ptr, j, sk_n, n < BN, D, BD, WIDE)
         x = tl.dot(q, tl.trans(k), input_precision="ieee") * log_scale
         v = load_rows(v_ptr, j, sv_n, n < BN, D, BD, WIDE)
-        acc, peak, norm, total = _accumulate(acc, peak, norm, total, x, x, v, False, ONLINE)
+        acc, peak, sums = _accumulate(acc, peak, sums, x, x, v, False, ONLINE)
         j = next_j
-
-    if WINDOW:
-        acc, peak, norm, total = _edges(
-            acc, peak, norm, total, q, near, k_ptr, v_ptr, sk_n, sv_n, window_lo, window_clear, window_end, first, last,
-            window, log_scale, D, BD, WIDE, BN, ONLINE, STAGES,
-        )  # fmt: skip
-    if q.dtype == tl.bfloat16:
-        total = tl.max(norm, 1)  # all ungated keys come before this line, all gated ones after it
+    total = _add_columns(total, sums)
 
     if SELECTED and GATE != GATE_NONE:
         j = tl.load(list_ptr + gated_entries(0, clear, plain, end, BN))
@@ -238,16 +243,19 @@ def forward_kernel(
             if GATE == GATE_KV:
                 s = s * g
             v = load_rows(v_ptr, j, sv_n, n < BN, D, BD, WIDE)
-            acc, peak, norm, total = _accumulate(acc, peak, norm, total, s * log_scale, g, v, True, ONLINE)
+            acc, peak, total = _accumulate(acc, peak, total, s * log_scale, g, v, True, ONLINE)
             j = next_j
 
     if SELECTED:
-        acc, peak, norm, total = _masked(
-            acc, peak, norm, total, q, near, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr,
+        acc, peak, total = _masked(
+            acc, peak, total, q, near, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr,
             runs, first, window, log_scale, D, BD, GATE, WIDE, MASKED, ONLINE, STAGES,
         )  # fmt: skip
-    if q.dtype == tl.bfloat16 and GATE == GATE_NONE:
-        total = tl.max(norm, 1)
+    if WINDOW:
+        acc, peak, total = _edges(
+            acc, peak, total, q, near, k_ptr, v_ptr, sk_n, sv_n, window_lo, window_clear, window_end, first, last,
+            window, log_scale, D, BD, WIDE, MASKED, ONLINE, STAGES,
+        )  # fmt: skip
     if not ONLINE:
         # Not for the first tile: where one key is all there is, its weight has to be 1, which bfloat16 holds exactly.
         # Any other is rounded, and that would show in delta, and from there in dq, which is zero.
@@ -257,14 +265,14 @@ def forward_kernel(
             total = tl.zeros([BM], tl.float32)
             peak = tl.full([BM], float("-inf"), tl.float32)
             if SELECTED:
-                acc, peak, norm, total = _masked(
-                    acc, peak, norm, total, q, near, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr,
+                acc, peak, total = _masked(
+                    acc, peak, total, q, near, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr,
                     list_expiry_ptr, (lo, hi, hi, hi, late, late_hi), first, window, log_scale, D, BD, GATE, WIDE,
                     MASKED, True, 1,
                 )  # fmt: skip
             if WINDOW:
-                acc, peak, norm, total = _edges(
-                    acc, peak, norm, total, q, near, k_ptr, v_ptr, sk_n, sv_n, window_lo, window_end, window_end,
+                acc, peak, total = _edges(
+                    acc, peak, total, q, near, k_ptr, v_ptr, sk_n, sv_n, window_lo, window_end, window_end,
                     first, last, window, log_scale, D, BD, WIDE, MASKED, True, 1,
                 )  # fmt: skip
 
