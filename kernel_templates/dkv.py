@@ -20,12 +20,13 @@ from .tiles import (
     GATE_KV,
     GATE_NONE,
     LOG2E,
+    bound,
     default_tile,
+    distance,
     gate,
     gated_grads,
     interval,
     load_rows,
-    mask_logits,
     mma_cost,
     store_rows,
     tile_error,
@@ -79,8 +80,8 @@ def _query_tiles(
                 logit = logit * g
         logit -= lse[None, :]
         if KIND == MASKED:
-            middle, half = interval(born, until - born, first)
-            logit = mask_logits(logit, (i - first).to(tl.float32)[None, :], middle[:, None], half[:, None])
+            middle, half = interval(born, until, first)
+            logit = tl.minimum(logit, bound(distance(i, first)[None, :], middle[:, None], half[:, None]))
         a = tl.exp2(logit)
         if KIND == PLAIN or GATE == GATE_NONE:
             dv = tl.dot(a.to(do.dtype), do, dv, input_precision="ieee")

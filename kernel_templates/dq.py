@@ -17,15 +17,18 @@ from .tiles import (
     GATE_KV,
     GATE_NONE,
     LOG2E,
+    bound,
     default_tile,
-    edge_keys,
+    distance,
+    edge_block,
+    edge_bound,
+    edge_steps,
     gate,
     gated_entries,
     gated_grads,
     interval,
     list_runs,
     load_rows,
-    mask_logits,
     masked_columns,
     masked_entries,
     masked_keys,
@@ -124,12 +127,12 @@ def dq_kernel(
             acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
             j = next_j
 
-    near = (i - first).to(tl.float32)
+    near = distance(i, first)
     if SELECTED:
         j = masked_keys(list_ptr, 0, runs, BN)
         for step in range(0, masked_steps(runs, BN)):
             next_j = masked_keys(list_ptr, step + 1, runs, BN)
-            u, first_query, lasting = masked_columns(list_ptr, list_u_ptr, list_expiry_ptr, step, runs, window, BN)
+            u, begin, until = masked_columns(list_ptr, list_u_ptr, list_expiry_ptr, step, runs, window, BN)
             k = load_rows(k_ptr, j, sk_n, n < BN, D, BD, WIDE)
             v = load_rows(v_ptr, j, sv_n, n < BN, D, BD, WIDE)
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
@@ -138,8 +141,8 @@ def dq_kernel(
             logit = s * log_scale
             if GATE == GATE_KV:
                 logit = logit * g
-            middle, half = interval(first_query, lasting, first)
-            a = tl.exp2(mask_logits(logit - lse[:, None], near[:, None], middle[None, :], half[None, :]))
+            middle, half = interval(begin, until, first)
+            a = tl.exp2(tl.minimum(logit - lse[:, None], bound(near[:, None], middle[None, :], half[None, :])))
             if GATE == GATE_NONE:
                 ds = a * (dp - delta[:, None])
             else:
@@ -151,13 +154,13 @@ def dq_kernel(
             j = next_j
 
     if WINDOW:
-        for step in range(0, tl.cdiv(window_clear - window_lo + last + 1 - window_end, BN)):
-            j, lasting = edge_keys(step, window_lo, window_clear, window_end, last, window, BN)
-            k = load_rows(k_ptr, j, sk_n, j >= 0, D, BD, WIDE)
-            v = load_rows(v_ptr, j, sv_n, j >= 0, D, BD, WIDE)
+        for step in range(0, edge_steps(window_lo, window_clear, window_end, last, BN)):
+            block = edge_block(step, window_lo, window_clear, window_end, BN)
+            j = block + n
+            k = load_rows(k_ptr, j, sk_n, j <= last, D, BD, WIDE)
+            v = load_rows(v_ptr, j, sv_n, j <= last, D, BD, WIDE)
             logit = tl.dot(q, tl.trans(k), input_precision="ieee") * log_scale - lse[:, None]
-            middle, half = interval(j, lasting, first)
-            a = tl.exp2(mask_logits(logit, near[:, None], middle[None, :], half[None, :]))
+            a = tl.exp2(tl.minimum(logit, edge_bound(near, block, window, first, BN)))
             ds = a * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
             acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
 

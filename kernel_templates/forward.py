@@ -16,14 +16,17 @@ from .tiles import (
     GATE_KV,
     GATE_NONE,
     LOG2E,
+    bound,
     default_tile,
-    edge_keys,
+    distance,
+    edge_block,
+    edge_bound,
+    edge_steps,
     gate,
     gated_entries,
     interval,
     list_runs,
     load_rows,
-    mask_logits,
     masked_columns,
     masked_keys,
     masked_steps,
@@ -53,7 +56,7 @@ def _add_columns(total, sums):
 
 
 @triton.jit
-def _accumulate(acc, peak, total, x, g, v, GATED: tl.constexpr, ONLINE: tl.constexpr):
+def _accumulate(acc, peak, total, x, most, g, v, MASKED: tl.constexpr, GATED: tl.constexpr, ONLINE: tl.constexpr):
     """Add exp2(x - peak) of the logits x (base 2), gated by g, to the sums; ONLINE raises peak to the largest.
 
     Ungated weights are summed as rounded to v's dtype: where one key has most of the weight its rounding cancels (its
@@ -61,12 +64,17 @@ def _accumulate(acc, peak, total, x, g, v, GATED: tl.constexpr, ONLINE: tl.const
     a query's only key has a weight of 1 in the backward pass, as du, a difference, needs: it is summed as it is.
     """
     if ONLINE:
+        if MASKED:
+            x = tl.minimum(x, most)
         new_peak = tl.maximum(peak, tl.max(x, 1))
         shrink = tl.exp2(peak - new_peak)
         acc = acc * shrink[:, None]
         total = total * shrink
         peak = new_peak
-    p = tl.exp2(x - peak[:, None])
+    x -= peak[:, None]
+    if MASKED and not ONLINE:
+        x = tl.minimum(x, most)
+    p = tl.exp2(x)
     rounded = (p * g if GATED else p).to(v.dtype)
     if len(total.shape) == 2:
         total = tl.dot(rounded, tl.full([p.shape[1], COLUMNS], 1.0, v.dtype), total)
@@ -123,21 +131,21 @@ def _masked(
     window, log_scale, D: tl.constexpr, BD: tl.constexpr, GATE: tl.constexpr, WIDE: tl.constexpr, BN: tl.constexpr,
     ONLINE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Add the masked runs of a list to the sums. near: the rows' queries, from ``first`` on."""
+    """Add the masked runs of a list to the sums. near: the distances of the rows' queries from ``first``."""
     n = tl.arange(0, BN)
     j = masked_keys(list_ptr, 0, runs, BN)
     for step in tl.range(0, masked_steps(runs, BN), num_stages=STAGES):
         next_j = masked_keys(list_ptr, step + 1, runs, BN)
-        u, first_query, lasting = masked_columns(list_ptr, list_u_ptr, list_expiry_ptr, step, runs, window, BN)
+        u, begin, until = masked_columns(list_ptr, list_u_ptr, list_expiry_ptr, step, runs, window, BN)
         k = load_rows(k_ptr, j, sk_n, n < BN, D, BD, WIDE)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         g = gate(u[None, :], tau[:, None])
         if GATE == GATE_KV:
             s = s * g
-        middle, half = interval(first_query, lasting, first)
-        x = mask_logits(s * log_scale, near[:, None], middle[None, :], half[None, :])
+        middle, half = interval(begin, until, first)
+        most = bound(near[:, None], middle[None, :], half[None, :])
         v = load_rows(v_ptr, j, sv_n, n < BN, D, BD, WIDE)
-        acc, peak, total = _accumulate(acc, peak, total, x, g, v, GATE != GATE_NONE, ONLINE)
+        acc, peak, total = _accumulate(acc, peak, total, s * log_scale, most, g, v, True, GATE != GATE_NONE, ONLINE)
         j = next_j
     return acc, peak, total
 
@@ -149,14 +157,14 @@ def _edges(
 ):  # fmt: skip
     """Add the window keys that not all of the tile's queries see."""
     sums = _columns(total, v_ptr.dtype.element_ty == tl.bfloat16 and not ONLINE)
-    for step in tl.range(0, tl.cdiv(clear - lo + last + 1 - end, BN), num_stages=STAGES):
-        j, lasting = edge_keys(step, lo, clear, end, last, window, BN)
-        k = load_rows(k_ptr, j, sk_n, j >= 0, D, BD, WIDE)
+    for step in tl.range(0, edge_steps(lo, clear, end, last, BN), num_stages=STAGES):
+        block = edge_block(step, lo, clear, end, BN)
+        j = block + tl.arange(0, BN)
+        k = load_rows(k_ptr, j, sk_n, j <= last, D, BD, WIDE)
         x = tl.dot(q, tl.trans(k), input_precision="ieee") * log_scale
-        middle, half = interval(j, lasting, first)
-        x = mask_logits(x, near[:, None], middle[None, :], half[None, :])
-        v = load_rows(v_ptr, j, sv_n, j >= 0, D, BD, WIDE)
-        acc, peak, sums = _accumulate(acc, peak, sums, x, x, v, False, ONLINE)
+        most = edge_bound(near, block, window, first, BN)
+        v = load_rows(v_ptr, j, sv_n, j <= last, D, BD, WIDE)
+        acc, peak, sums = _accumulate(acc, peak, sums, x, most, x, v, True, False, ONLINE)
     return acc, peak, _add_columns(total, sums)
 
 
@@ -206,7 +214,7 @@ def forward_kernel(
     if WINDOW:
         window_lo, window_clear, window_end = window_runs(first, last, window, BN)
 
-    near = (i - first).to(tl.float32)
+    near = distance(i, first)
     peak = tl.full([BM], float("-inf"), tl.float32)
     if not ONLINE:
         peak = _reference(
@@ -227,7 +235,7 @@ def forward_kernel(
         k = load_rows(k_ptr, j, sk_n, n < BN, D, BD, WIDE)
         x = tl.dot(q, tl.trans(k), input_precision="ieee") * log_scale
         v = load_rows(v_ptr, j, sv_n, n < BN, D, BD, WIDE)
-        acc, peak, sums = _accumulate(acc, peak, sums, x, x, v, False, ONLINE)
+        acc, peak, sums = _accumulate(acc, peak, sums, x, x, x, v, False, False, ONLINE)
         j = next_j
     total = _add_columns(total, sums)
 
@@ -243,7 +251,7 @@ def forward_kernel(
             if GATE == GATE_KV:
                 s = s * g
             v = load_rows(v_ptr, j, sv_n, n < BN, D, BD, WIDE)
-            acc, peak, total = _accumulate(acc, peak, total, s * log_scale, g, v, True, ONLINE)
+            acc, peak, total = _accumulate(acc, peak, total, s * log_scale, s, g, v, False, True, ONLINE)
             j = next_j
 
     if SELECTED:
@@ -254,7 +262,7 @@ def forward_kernel(
     if WINDOW:
         acc, peak, total = _edges(
             acc, peak, total, q, near, k_ptr, v_ptr, sk_n, sv_n, window_lo, window_clear, window_end, first, last,
-            window, log_scale, D, BD, WIDE, MASKED, ONLINE, STAGES,
+            window, log_scale, D, BD, WIDE, BN, ONLINE, STAGES,
         )  # fmt: skip
     if not ONLINE:
         # Not for the first tile: where one key is all there is, its weight has to be 1, which bfloat16 holds exactly.

@@ -313,7 +313,7 @@ TEMPLATE = Template(
     space=(
         Param("SEGMENT", Pow2(256, 4096)),
         Param("BLOCK", Pow2(256, 4096)),
-        Param("num_warps", Choice((1, 2, 4, 8, 16))),
+        Param("num_warps", Choice((4, 8, 16))),
         Param("registers", Choice((64, 128))),  # a thread of a segment's, at most: it waits for loads in turn
     ),
     default=_default,

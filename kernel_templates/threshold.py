@@ -107,7 +107,7 @@ def parts(chunk: int) -> int:
     return PARTS if chunk >= SKIPPED else 1
 
 
-def narrow(chunk: int) -> int:
+def narrow_bits(chunk: int) -> int:
     """Bits after the point with which a stretch's keys and F, up to one more unit than it has keys, fit into int32;
     no more than leave room for scores 128 units apart."""
     return min(22, 30 - (chunk - 1).bit_length())

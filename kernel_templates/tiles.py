@@ -16,6 +16,7 @@ GATE_V = tl.constexpr(1)
 GATE_NONE = tl.constexpr(2)
 GATES = {"kv": 0, "v": 1, "none": 2}
 LOG2E = tl.constexpr(1.4426950408889634)
+HUGE = tl.constexpr(2.0**115)  # half of it is above all logits, two thousand times are still float32
 
 
 @triton.jit
@@ -91,11 +92,11 @@ def list_runs(
 
 @triton.jit
 def window_runs(first, last, window, BN: tl.constexpr):
-    """The window keys of queries [first, last]: [lo, clear) and [end, last + 1) masked, whole blocks that every query
-    sees in between."""
-    end = first + 1
-    clear = end - tl.maximum(end - tl.maximum(last - window + 1, 0), 0) // BN * BN
-    return tl.maximum(first - window + 1, 0), clear, end
+    """The window keys of queries [first, last] in blocks from lo on: those of [clear, end) every query sees, the edges
+    [lo, clear) and [end, last] are masked. Only the last block is not whole."""
+    lo = tl.maximum(first - window + 1, 0)
+    clear = lo + tl.cdiv(tl.maximum(last - window + 1, 0) - lo, BN) * BN
+    return lo, clear, clear + tl.maximum(first + 1 - clear, 0) // BN * BN
 
 
 @triton.jit
@@ -147,39 +148,52 @@ def masked_keys(list_ptr, step, runs, BN: tl.constexpr):
 
 @triton.jit
 def masked_columns(list_ptr, u_ptr, expiry_ptr, step, runs, window, BN: tl.constexpr):
-    """Their scores, their first queries, and how many queries see them: none where there is no key."""
+    """Their scores, and the queries [first, until) that see them: none where there is no key."""
     entry, inside = masked_entries(step, runs, BN)
     u = tl.load(u_ptr + entry, mask=inside, other=0.0)
     first = tl.load(list_ptr + entry, mask=inside, other=0) + window
     until = tl.load(expiry_ptr + entry, mask=inside, other=0)
-    return u, first, tl.where(inside, until - first, 0)
+    return u, first, until
 
 
 @triton.jit
-def edge_keys(step, lo, clear, end, last, window, BN: tl.constexpr):
-    """Block number ``step`` of the masked window keys, [lo, clear) and [end, last] one after the other: keys, 0 where
-    there is none, and how many queries see them, each the first."""
-    e = step * BN + tl.arange(0, BN)
-    before = clear - lo
-    key = tl.where(e < before, lo + e, end + e - before)
-    inside = key <= last
-    return tl.where(inside, key, 0), tl.where(inside, window, 0)
+def edge_steps(lo, clear, end, last, BN: tl.constexpr):
+    """Number of blocks of the window's edges."""
+    return (clear - lo) // BN + tl.cdiv(tl.maximum(last + 1 - end, 0), BN)
 
 
 @triton.jit
-def interval(first_query, lasting, base):
-    """Middle and half width of the interval of queries that see a key, relative to query ``base``: exact in float32
-    for the up to 256 queries from there on."""
-    begin = tl.maximum(tl.minimum(first_query - base, 1024), -2)
-    end = tl.maximum(tl.minimum(first_query + lasting - base, 1024), -2)
-    return (begin + end - 1).to(tl.float32) * 0.5, (end - begin).to(tl.float32) * 0.5 + 0.5
+def edge_block(step, lo, clear, end, BN: tl.constexpr):
+    """The first key of block number ``step`` of the edges."""
+    return step * BN + tl.where(step * BN < clear - lo, lo, end - (clear - lo))
 
 
 @triton.jit
-def mask_logits(x, i, middle, half):
-    """x where the query at distance i (float32) from the interval's base sees the key, -1e38 elsewhere. In arithmetic:
-    a tile of comparisons does not fit the predicate registers, and packing them costs more."""
-    return tl.minimum(x, unit(half - tl.abs(i - middle)) * 2.0e38 - 1.0e38)
+def distance(i, base):
+    """Of queries from query ``base``, up to 256, for :func:`bound`: HUGE times so many, exact in float32."""
+    return (i - base).to(tl.float32) * HUGE
+
+
+@triton.jit
+def interval(begin, end, base):
+    """Middle and half width of the queries [begin, end) that see a key, for :func:`bound`."""
+    begin = tl.maximum(tl.minimum(begin - base, 1024), -1024)
+    end = tl.maximum(tl.minimum(end - base, 1024), -1024)
+    return (begin + end - 1).to(tl.float32) * (0.5 * HUGE), (end - begin).to(tl.float32) * (0.5 * HUGE)
+
+
+@triton.jit
+def bound(i, middle, half):
+    """Of the logit of a query at distance i: above all logits where the interval has the query, below all elsewhere. In
+    arithmetic: a tile of comparisons does not fit the predicate registers, and packing them costs more."""
+    return half - tl.abs(i - middle)
+
+
+@triton.jit
+def edge_bound(i, block, window, base, BN: tl.constexpr):
+    """The same [rows, BN] of the keys from ``block`` on, each of which is seen by the window queries from it on."""
+    middle, half = interval(block, block + window, base)
+    return bound(i[:, None], middle + tl.arange(0, BN).to(tl.float32)[None, :] * HUGE, half)
 
 
 def tile_smem(problem, rows: int, keys: int, matrices_rows: int, matrices_keys: int, stages: int) -> int:

@@ -130,7 +130,7 @@ def _changes(change_ptr, t, sign, x, minus, reach, pass_, reach_t, pass_t, new, 
 def _walk(
     table_ptr, first_x_ptr, first_rank_ptr, ev_x_ptr, ev_t_ptr, scores_ptr, place_ptr, minus_at_ptr, ring_ptr,
     new_t_ptr, new_x_ptr, narrow_ptr, change_ptr, tau_ptr, interior_ptr, plus_end_ptr, minus_end_ptr, p, blocks, M, K,
-    shift, fine, few, bits, BLOCKS: tl.constexpr, SPAN: tl.constexpr, C: tl.constexpr, NARROW: tl.constexpr,
+    shift, fine, few, bits, BLOCKS: tl.constexpr, SPAN: tl.constexpr, C: tl.constexpr, NARROW_BITS: tl.constexpr,
     WINDOW: tl.constexpr, SCAN: tl.constexpr, RING: tl.constexpr, SUBS: tl.constexpr, TAU: tl.constexpr,
 ):  # fmt: skip
     c0 = _start(p, K, fine, few, C)
@@ -161,7 +161,7 @@ def _walk(
     )  # fmt: skip
     listed = mine & (plus_at < high)
     near = q
-    drop = tl.maximum(bits - NARROW, 0)
+    drop = tl.maximum(bits - NARROW_BITS, 0)
     rounded = low < 0
     if TAU:
         near = narrow(q, origin, drop)
@@ -323,7 +323,7 @@ def walk_kernel(
     scores_ptr, table_ptr, first_x_ptr, first_rank_ptr, us_ptr, ev_x_ptr, ev_t_ptr, order_ptr, place_ptr, minus_at_ptr,
     ring_ptr, new_t_ptr, new_x_ptr, narrow_ptr, change_ptr, tau_ptr, interior_ptr, expiry_ptr, sat_end_ptr, sup_end_ptr,
     count_ptr, first, stretches, blocks, M, N, shift, K, fine, few, LOG: tl.constexpr, BLOCKS: tl.constexpr,
-    SPAN: tl.constexpr, C: tl.constexpr, NARROW: tl.constexpr, WINDOW: tl.constexpr, SCAN: tl.constexpr,
+    SPAN: tl.constexpr, C: tl.constexpr, NARROW_BITS: tl.constexpr, WINDOW: tl.constexpr, SCAN: tl.constexpr,
     RING: tl.constexpr, SUBS: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
     """The results of a stretch of queries and of the keys that change in it, for tau or ranks, of a row (axis 0).
@@ -331,7 +331,7 @@ def walk_kernel(
     Program axis 1: the stretch, from ``first``, for tau, which takes longer and so starts first, and then for ranks; of
     either the first ones, in which most happens, start first. ``few`` stretches have ``fine`` keys, the others C.
     ``shift`` is the window: prefix t is query t + shift's. Scratch by program: ring int32 [RING], new_t int32 [C],
-    new_x int64 [C + KEYS], narrow int32 [C + KEYS], change int64 [2, C]. NARROW: ``threshold.narrow``.
+    new_x int64 [C + KEYS], narrow int32 [C + KEYS], change int64 [2, C]. NARROW_BITS: ``threshold.narrow_bits``.
     """
     row = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(1) // 2
@@ -357,11 +357,12 @@ def walk_kernel(
             table_ptr, first_x_ptr, first_rank_ptr, ev_x_ptr + row * 2 * M, ev_t_ptr + row * 2 * M, scores_ptr,
             place_ptr, minus_at_ptr, ring_ptr, new_t_ptr, new_x_ptr, narrow_ptr, change_ptr + task * 2 * C,
             tau_ptr + row * N, interior_ptr + row * N, sup_end_ptr + row * N, sat_end_ptr + row * N, p, blocks, m, K,
-            shift, fine, few, bits, BLOCKS, SPAN, C, NARROW, WINDOW, SCAN, RING, SUBS, True,
+            shift, fine, few, bits, BLOCKS, SPAN, C, NARROW_BITS, WINDOW, SCAN, RING, SUBS, True,
         )  # fmt: skip
     else:
         _walk(
             table_ptr, first_x_ptr, first_rank_ptr, ev_x_ptr, order_ptr + row * M, scores_ptr, place_ptr, minus_at_ptr,
             ring_ptr, new_t_ptr, new_x_ptr, narrow_ptr, change_ptr, tau_ptr, interior_ptr, expiry_ptr + row * N,
-            expiry_ptr, p, blocks, m, K, shift, fine, few, 0, BLOCKS, SPAN, C, NARROW, WINDOW, SCAN, RING, SUBS, False,
+            expiry_ptr, p, blocks, m, K, shift, fine, few, 0, BLOCKS, SPAN, C, NARROW_BITS, WINDOW, SCAN, RING, SUBS,
+            False,
         )  # fmt: skip

@@ -187,7 +187,7 @@ def _threshold(
             walk_t.walk_kernel, (rows, 2 * min(programs, stretches - first)),
             scores, table, first_x, first_rank, us, events, codes, order, places, minus_at, rings, new_t, new_x, narrow,
             change, tau, interior, expiry, sat_end, sup_end, size, first, stretches, blocks, m, n, window, k, fine, few,
-            LOG=log, BLOCKS=next_pow2(blocks), SPAN=span, C=chunk, NARROW=threshold_t.narrow(chunk),
+            LOG=log, BLOCKS=next_pow2(blocks), SPAN=span, C=chunk, NARROW_BITS=threshold_t.narrow_bits(chunk),
             WINDOW=config["WINDOW"], SCAN=config["SCAN"], RING=ring, SUBS=threshold_t.parts(chunk), COUNTED=counted,
             num_warps=config["walk_warps"], maxnreg=config["walk_registers"],
         )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 from sparsek_tune.bench.cases import STAGES, case_of
 from sparsek_tune.display import table
 
-SCHEMA = 1
+SCHEMA = 2
 Entry = Mapping[str, Any]
 
 
@@ -84,7 +84,7 @@ def show(document: Mapping[str, Any]) -> None:
     cases = document["cases"]
     d, v = document["device"], document["versions"]
     software = ", ".join(f"{name} {x}" for name, x in v.items() if x)
-    _table(f"Stages (ms), alone, cold L2: {d['name']}, {software}", STAGE_COLUMNS, cases)
+    _table(f"Stages (ms), cold L2: {d['name']}, {software}", STAGE_COLUMNS, cases)
     _table("The operator", TOTAL_COLUMNS, cases)
     rows = [row for c in cases for row in _peer_rows(c)]
     if rows:

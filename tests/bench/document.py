@@ -35,7 +35,7 @@ def entry(n, k=1024, w=0, distribution="iid", scale=1.0):
 
 def document(*entries):
     return {
-        "schema": 1, "date": "2026-01-01T00:00:00+00:00", "command": "sparsek-tune bench",
+        "schema": 2, "date": "2026-01-01T00:00:00+00:00", "command": "sparsek-tune bench",
         "device": target_device("cuda:90").as_dict(), "versions": {"torch": "2.11.0", "triton": "3.6.0", "cuda": ""},
         "protocol": {"l2": "cold"}, "peers": {"cudnn": {"note": "dense", "version": "torch 2.11.0"}},
         "missing": {"adasplash": "the package adasplash is not installed"}, "cases": list(entries),

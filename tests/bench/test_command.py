@@ -47,7 +47,7 @@ def test_json_on_stdout_replaces_the_tables(cpu):
     result = invoke(*TINY, "--peer", "none", "--json", "-", "--no-backward")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert found["schema"] == 1 and len(found["cases"]) == 1 and found["cases"][0]["peers"] == {}
+    assert found["schema"] == 2 and len(found["cases"]) == 1 and found["cases"][0]["peers"] == {}
 
 
 def test_a_failed_check_is_exit_code_1(cpu, monkeypatch, tmp_path):

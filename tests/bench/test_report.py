@@ -75,7 +75,7 @@ def test_writable_or_not_is_known_before(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [("{", "is no JSON document"), ("[]", "was not written by"), ('{"cases": []}', "was not written by"),
-     (json.dumps({**document(), "schema": 2}), "has schema 2")],
+     (json.dumps({**document(), "schema": 1}), "has schema 1")],
 )  # fmt: skip
 def test_other_files_are_refused(text, words, tmp_path):
     path = tmp_path / "x.json"

@@ -47,7 +47,7 @@ def go(machine, device, which=(), cases=CASES, **settings):
 
 def test_the_document(cpu, device):
     document, _, saved = go(cpu, device, [GOOD, ABSENT])
-    assert document["schema"] == 1 and document["device"]["name"] == device.name
+    assert document["schema"] == 2 and document["device"]["name"] == device.name
     assert {"command", "date", "versions", "protocol"} <= document.keys()
     assert document["protocol"]["seed"] == 0 and document["versions"]["torch"] == torch.__version__
     assert document["missing"] == {"absent": "the package no-such-package is not installed"}

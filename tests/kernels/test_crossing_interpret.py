@@ -22,13 +22,13 @@ WINDOW = 16
 @triton.jit
 def crossings_kernel(
     x_ptr, value_ptr, minus_ptr, q_ptr, t_ptr, new_x_ptr, narrow_ptr, out_ptr, count, n, bits, origin, C: tl.constexpr,
-    NARROW: tl.constexpr, WINDOW: tl.constexpr,
+    NARROW_BITS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """As the walk calls it. out int32 [2, WINDOW]."""
     at, w = tl.arange(0, C), tl.arange(0, WINDOW)
     add = at < count
     q = tl.load(q_ptr + at, mask=add, other=0)
-    drop = tl.maximum(bits - NARROW, 0)
+    drop = tl.maximum(bits - NARROW_BITS, 0)
     low = (1 << drop) - 1
     rounded = tl.max((add & (((q - origin) & low) != 0)).to(tl.int32), 0) > 0
     new = crossing.list_new_keys(
@@ -53,7 +53,7 @@ def check(x, value, minus, q, chunk, bits, n=0):
     new_x, out = torch.empty(chunk + keys, dtype=torch.int64), torch.empty((2, WINDOW), dtype=torch.int32)
     crossings_kernel[(1,)](
         x, value, minus.int(), q, t, new_x, narrow, out, new, n, bits, int(x[0]), C=chunk,
-        NARROW=threshold.narrow(chunk), WINDOW=WINDOW,
+        NARROW_BITS=threshold.narrow_bits(chunk), WINDOW=WINDOW,
     )  # fmt: skip
     reach, pass_ = (row.clamp(max=new + 1) for row in out)  # past the last key all counts mean never
     assert torch.equal(reach.long(), n + (states < 0).sum(0))
