@@ -259,27 +259,23 @@ def _walk(
         rest = tl.where(live, value - goal, one)
         if TAU:
             done, inexact = both_any(crossed, live & ((((x - origin) | rest) & ((1 << drop) - 1)) != 0))
-        else:
-            done = tl.max(crossed.to(tl.int32), 0) > 0
-        if TAU and done:
-            # Below the root nothing waits: where F is K on an interval no key, and so no minus event, lies inside.
-            root = tl.maximum(root, tl.max(tl.where(crossed, x, NEVER), 0))
-            done = tl.max((crossed & ((value >= limit) | (x < root))).to(tl.int32), 0) > 0
-        if TAU:
+            if done:
+                # Below the root nothing waits: where F is K on an interval no key, and so no minus event, lies inside.
+                root = tl.maximum(root, tl.max(tl.where(crossed, x, NEVER), 0))
+                done = tl.max((crossed & ((value >= limit) | (x < root))).to(tl.int32), 0) > 0
             reach, pass_ = run_tau(
                 rest, x, minus, live, new_x_ptr, narrow_ptr, skipped, new, one, origin, drop, rounded | inexact, C
             )
-        else:
-            reach, pass_, _ = run(rest, x, minus, narrow_ptr, skipped, new, one, 0, minus, minus, False)
-        reach_t = _time(reach, new_t_ptr, new, c0)
-        if TAU:
+            reach_t = _time(reach, new_t_ptr, new, c0)
             pass_t = _time(pass_, new_t_ptr, new, c0)
             _changes(change_ptr, t, sign, x, minus, reach, pass_, reach_t, pass_t, new, c0, live, C)
             ends = live & (pass_ <= new) & ((t >= c0) | (pass_ > 0))
             tl.store(minus_end_ptr + t, tl.maximum(pass_t, t) + shift, mask=ends & minus)
-            ends = live & (reach <= new) & ((t >= c0) | (reach > 0)) & ~minus
         else:
-            ends = live & (reach <= new) & ((t >= c0) | (reach > 0))
+            done = tl.max(crossed.to(tl.int32), 0) > 0
+            reach, pass_, _ = run(rest, x, minus, narrow_ptr, skipped, new, one, 0, minus, minus, False)
+            reach_t = _time(reach, new_t_ptr, new, c0)
+        ends = live & ~minus & (reach <= new) & ((t >= c0) | (reach > 0))
         tl.store(plus_end_ptr + t, tl.maximum(reach_t, t) + shift, mask=ends)
         if done:
             passed = tl.max(tl.where(live, place, 0), 0) + 1
