@@ -4,7 +4,8 @@
 
 OLD and NEW are checkouts (``git worktree add ../old COMMIT``). Each runs in a process of its own, and the two take
 turns, so that what the machine does in the meantime meets both. Configs are the defaults of each; L2 is cold; a time is
-the median over turns of medians, in ms. Errors are relative, against float64 at a sample of queries and keys.
+the median over turns of medians, in ms. Errors are relative, against float64 at a sample of queries and keys; those of
+du, which has no such sample, are of a short row. OLD must have the functions of ``sparsek_tune.bench`` used here.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ERRORS = ("out", "lse", "dq", "dk", "dv")
 TIMES = ("threshold", "schedule", "forward", "dq", "dkv", "index", "forward in all", "forward + backward")
 
 
 def work(requests: Any, answer: Callable[[dict[str, Any]], None]) -> None:
     """In a version's process: times for every line of ``requests``, errors and hashes for the first of a case."""
+    from sparsek_tune import dispatch
     from sparsek_tune.bench import check, inputs, machine, ours
     from sparsek_tune.bench.cases import Case
     from sparsek_tune.kernel_templates import TEMPLATES
@@ -35,12 +36,11 @@ def work(requests: Any, answer: Callable[[dict[str, Any]], None]) -> None:
 
     device = current_device()
     gpu = machine.Cuda(device.l2)
-    known: str | None = None
     runs: dict[str, Any] = {}
-    for line in requests:
-        asked = json.loads(line)
+    configs: dict[str, Any] = {}
+    for asked in map(json.loads, requests):
         found: dict[str, Any] = {}
-        if line != known:
+        if asked["turn"] == 0:
             runs.clear()
             gpu.free()
             (shape,) = shapes((), (asked["shape"],))
@@ -50,11 +50,19 @@ def work(requests: Any, answer: Callable[[dict[str, Any]], None]) -> None:
             made = ours.stages(i, configs)
             runs = {**made.run, "index": made.find}
             runs |= {"forward in all": ours.forward(i), "forward + backward": ours.forward_backward(i)}
-            found["errors"] = check.at_length(i, shape.dtype, 0).errors
-            found["hashes"] = {name: _hash(x) for name, x in ours.results(i)._asdict().items()}
-            known = line
-        found["times"] = {name: gpu.time(run, asked["seconds"]).median for name, run in runs.items()}
+            with dispatch.override(configs):
+                short = check.at_reduced_length(shape.problem, configs, gpu.device, 0).errors
+                found["errors"] = {**check.at_length(i, shape.dtype, 0).errors, "du": short.get("du", 0.0)}
+                tensors = {**ours.results(i)._asdict(), **_named(runs["forward + backward"]())}
+            tensors |= {f"index {number}": x for number, x in enumerate(made.index[:5])}
+            found["hashes"] = {name: _hash(x) for name, x in tensors.items()}
+        with dispatch.override(configs):
+            found["times"] = {name: gpu.time(run, asked["seconds"]).median for name, run in runs.items()}
         answer(found)
+
+
+def _named(gradients: tuple[Any, ...]) -> dict[str, Any]:
+    return dict(zip(("dq", "dk", "dv", "du"), gradients, strict=False))
 
 
 def _hash(t: Any) -> str:
@@ -87,16 +95,16 @@ class Version:
 
 def compare(versions: list[Version], request: dict[str, Any], turns: int) -> None:
     """Prints one case."""
-    answers = [[v.ask(request) for v in versions] for _ in range(turns)]
+    answers = [[v.ask({**request, "turn": turn}) for v in versions] for turn in range(turns)]
     old, new = ([turn[side] for turn in answers] for side in (0, 1))
-    print(f"\n{request['shape']} {request['distribution']}{'':10}old      new  old/new")
+    print(f"\n{request['shape']} {request['distribution']}\n{'':24}{'old':>9}{'new':>9}{'old/new':>9}")
     for name in TIMES:
         a, b = (statistics.median(x["times"][name] for x in side) for side in (old, new))
         print(f"{name:24}{a:9.4f}{b:9.4f}{a / b:9.3f}")
-    for name in ERRORS:
-        print(f"error of {name:15}{old[0]['errors'][name]:9.1e}{new[0]['errors'][name]:9.1e}")
+    for name, error in old[0]["errors"].items():
+        print(f"error of {name:15}{error:9.1e}{new[0]['errors'][name]:9.1e}")
     same = [name for name, x in old[0]["hashes"].items() if new[0]["hashes"][name] == x]
-    print(f"same bits: {', '.join(same) or 'none'}", flush=True)
+    print(f"same bits: {', '.join(same) or 'none'} of {', '.join(old[0]['hashes'])}", flush=True)
 
 
 def main() -> None:

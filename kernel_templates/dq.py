@@ -1,6 +1,6 @@
 """Backward with respect to the query, and the mean score gradient gbar of every query.
 
-The same tiles, list and three loops as the forward pass. With a the softmax weight of an ungated key, do . v the
+The same tiles, list and loops as the forward pass. With a the softmax weight of an ungated key, do . v the
 product with the output gradient and delta = do . o (research summary in ARCHITECTURE.md, "Gradients"):
 gate kv: ds = a (m do.v - delta), g = a do.v + scale ds q.k, dq += scale m ds k; gate v: without the m and the second
 term. gbar_i = (sum over heads and keys of I_i that are selected of g_ij) / |I_i|.

@@ -1,9 +1,9 @@
 """Forward: one softmax over the window and the selected keys, gates on the fly.
 
 Per tile of queries four loops: keys that every query sees ungated (saturated ones of the list, the inside of the
-window); the window's edges, masked; keys of the list that every query selects, gated; the rest, gated and masked by the
-interval of queries that see the key. Softmax in base 2, relative to the largest logit of a few keys; online (Milakov
-and Gimelshein 2018; FlashAttention-2) in float16, and where that leaves the safe range.
+window); keys of the list that every query selects, gated; the rest of the list, gated and masked by the interval of
+queries that see the key; the window's edges, masked. Softmax in base 2, relative to the largest logit of a few keys;
+online (Milakov and Gimelshein 2018; FlashAttention-2) in float16, and where that leaves the safe range.
 """
 
 from __future__ import annotations
@@ -59,9 +59,10 @@ def _add_columns(total, sums):
 def _accumulate(acc, peak, total, x, most, g, v, MASKED: tl.constexpr, GATED: tl.constexpr, ONLINE: tl.constexpr):
     """Add exp2(x - peak) of the logits x (base 2), gated by g, to the sums; ONLINE raises peak to the largest.
 
-    Ungated weights are summed as rounded to v's dtype: where one key has most of the weight its rounding cancels (its
-    weight is not 1, as with a running maximum). A gated weight is rounded after its gate, so nothing would cancel, and
-    a query's only key has a weight of 1 in the backward pass, as du, a difference, needs: it is summed as it is.
+    Ungated weights are summed as rounded to v's dtype: where one key has most of the weight its rounding cancels. With
+    ONLINE it has none, as its weight is 1, so they are summed as they are. So is a gated weight: it is rounded after
+    its gate, so nothing would cancel, and in the backward pass a query's only key has a weight of 1, as du, a
+    difference, needs.
     """
     if ONLINE:
         if MASKED:

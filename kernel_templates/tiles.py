@@ -16,7 +16,7 @@ GATE_V = tl.constexpr(1)
 GATE_NONE = tl.constexpr(2)
 GATES = {"kv": 0, "v": 1, "none": 2}
 LOG2E = tl.constexpr(1.4426950408889634)
-HUGE = tl.constexpr(2.0**115)  # half of it is above all logits, two thousand times are still float32
+HUGE = tl.constexpr(2.0**115)  # half of it (2e34) is above all logits, two thousand times are still float32
 
 
 @triton.jit
@@ -159,7 +159,7 @@ def masked_columns(list_ptr, u_ptr, expiry_ptr, step, runs, window, BN: tl.const
 @triton.jit
 def edge_steps(lo, clear, end, last, BN: tl.constexpr):
     """Number of blocks of the window's edges."""
-    return (clear - lo) // BN + tl.cdiv(tl.maximum(last + 1 - end, 0), BN)
+    return (clear - lo) // BN + tl.cdiv(last + 1 - end, BN)
 
 
 @triton.jit
@@ -183,17 +183,17 @@ def interval(begin, end, base):
 
 
 @triton.jit
-def bound(i, middle, half):
-    """Of the logit of a query at distance i: above all logits where the interval has the query, below all elsewhere. In
-    arithmetic: a tile of comparisons does not fit the predicate registers, and packing them costs more."""
-    return half - tl.abs(i - middle)
+def bound(near, middle, half):
+    """Of the logit of a query at :func:`distance` near: above all logits where the interval has the query, below all
+    elsewhere. In arithmetic: a tile of comparisons does not fit the predicate registers; packing them costs more."""
+    return half - tl.abs(near - middle)
 
 
 @triton.jit
-def edge_bound(i, block, window, base, BN: tl.constexpr):
+def edge_bound(near, block, window, base, BN: tl.constexpr):
     """The same [rows, BN] of the keys from ``block`` on, each of which is seen by the window queries from it on."""
     middle, half = interval(block, block + window, base)
-    return bound(i[:, None], middle + tl.arange(0, BN).to(tl.float32)[None, :] * HUGE, half)
+    return bound(near[:, None], middle + tl.arange(0, BN).to(tl.float32)[None, :] * HUGE, half)
 
 
 def tile_smem(problem, rows: int, keys: int, matrices_rows: int, matrices_keys: int, stages: int) -> int:

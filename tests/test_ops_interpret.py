@@ -165,6 +165,18 @@ def test_logits_far_from_those_of_the_first_keys(far, kind, k, w):
     check(case, tensors, tolerance=3e-5)  # float32 rounds a logit of 100 by up to 4e-6
 
 
+@pytest.mark.parametrize("case", [Case(n=200, k=8, w=100, g=1), Case(n=130, k=12, w=0)], ids=repr)
+def test_every_tile_done_again(case, monkeypatch):
+    """With a running maximum, over windows that hold whole blocks too."""
+    from triton import language as tl
+
+    from sparsek_tune.kernel_templates import forward
+
+    check(case)
+    monkeypatch.setattr(forward, "LARGE", tl.constexpr(-1.0))
+    check(case)
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_scales_that_are_not_positive(scale, dtype):

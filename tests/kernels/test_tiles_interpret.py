@@ -18,14 +18,17 @@ pytestmark = [
 
 
 @triton.jit
-def window_kernel(count_ptr, N, first, window, BQ: tl.constexpr, BN: tl.constexpr):
-    """Count [BQ, N]: how often each query of the tile gets each key of its window. An edge's logits are all 1000."""
+def window_kernel(count_ptr, N, first, window, BQ: tl.constexpr, BN: tl.constexpr, AGAIN: tl.constexpr):
+    """Count [BQ, N]: how often each query of the tile gets each key of its window. An edge's logits are all 1000.
+    AGAIN: as forward does a tile again, all masked."""
     last = tl.minimum(first + BQ, N) - 1
     i = first + tl.arange(0, BQ)
-    lo, clear, end = tiles.window_runs(first, last, window, BN)
+    lo, clear, end = tiles.window_runs(first, last, window, 2 * BN if AGAIN else BN)
+    if AGAIN:
+        clear = end
     for step in range(0, (end - clear) // BN):
         at = (i - first)[:, None] * N + (clear + step * BN + tl.arange(0, BN))[None, :]
-        there = (i < N)[:, None] & (at >= 0)
+        there = (i < N)[:, None] & (clear + step * BN + tl.arange(0, BN) >= 0)[None, :]
         tl.store(count_ptr + at, tl.load(count_ptr + at, mask=there, other=0) + 1, mask=there)
     for step in range(0, tiles.edge_steps(lo, clear, end, last, BN)):
         block = tiles.edge_block(step, lo, clear, end, BN)
@@ -40,11 +43,12 @@ def window_kernel(count_ptr, N, first, window, BQ: tl.constexpr, BN: tl.constexp
 @pytest.mark.parametrize(("bq", "bn"), [(1, 16), (32, 16), (32, 32), (32, 128), (256, 16), (256, 128)])
 @pytest.mark.parametrize("window", [1, 2, 31, 32, 33, 200, 512, 1500])
 @pytest.mark.parametrize("tile", [0, 1, -1])
-def test_every_query_gets_each_key_of_its_window_once(bq, bn, window, tile):
+@pytest.mark.parametrize("again", [False, True])
+def test_every_query_gets_each_key_of_its_window_once(bq, bn, window, tile, again):
     n = 1999
     first = (n - 1) // bq * bq if tile < 0 else tile * bq
     count = torch.zeros(bq, n, dtype=torch.int32)
-    window_kernel[(1,)](count, n, first, window, BQ=bq, BN=bn)
+    window_kernel[(1,)](count, n, first, window, BQ=bq, BN=bn, AGAIN=again)
     i, j = torch.arange(first, first + bq)[:, None], torch.arange(n)
     assert torch.equal(count, ((j <= i) & (i - j < window) & (i < n)).int())
 
