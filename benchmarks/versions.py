@@ -12,57 +12,57 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sparsek_tune.tune.channel import Worker
+
+TIMEOUT = 300.0  # seconds for one case's kernels to be compiled and checked
 TIMES = ("threshold", "schedule", "forward", "dq", "dkv", "index", "forward in all", "forward + backward")
 
 
-def work(requests: Any, answer: Callable[[dict[str, Any]], None]) -> None:
-    """In a version's process: times for every line of ``requests``, errors and hashes for the first of a case."""
-    from sparsek_tune import dispatch
-    from sparsek_tune.bench import check, inputs, machine, ours
-    from sparsek_tune.bench.cases import Case
-    from sparsek_tune.kernel_templates import TEMPLATES
-    from sparsek_tune.presets import shapes
-    from sparsek_tune.problem import current_device
+class Side:
+    """In a version's process: what it makes of one case at a time."""
 
-    device = current_device()
-    gpu = machine.Cuda(device.l2)
-    runs: dict[str, Any] = {}
-    configs: dict[str, Any] = {}
-    for asked in map(json.loads, requests):
-        found: dict[str, Any] = {}
-        if asked["turn"] == 0:
-            runs.clear()
-            gpu.free()
-            (shape,) = shapes((), (asked["shape"],))
-            recorded = inputs.load(Path(asked["recorded"])) if asked["recorded"] else None
-            i = inputs.make(Case(shape, asked["distribution"]), 0, gpu.device, recorded)
-            configs = {name: template.default(shape.problem, device) for name, template in TEMPLATES.items()}
-            made = ours.stages(i, configs)
-            runs = {**made.run, "index": made.find}
-            runs |= {"forward in all": ours.forward(i), "forward + backward": ours.forward_backward(i)}
-            with dispatch.override(configs):
-                short = check.at_reduced_length(shape.problem, configs, gpu.device, 0).errors
-                found["errors"] = {**check.at_length(i, shape.dtype, 0).errors, "du": short.get("du", 0.0)}
-                tensors = {**ours.results(i)._asdict(), **_named(runs["forward + backward"]())}
-            tensors |= {f"index {number}": x for number, x in enumerate(made.index[:5])}
-            found["hashes"] = {name: _hash(x) for name, x in tensors.items()}
-        with dispatch.override(configs):
-            found["times"] = {name: gpu.time(run, asked["seconds"]).median for name, run in runs.items()}
-        answer(found)
+    def prepare(self, text: str, distribution: str, recorded: str) -> tuple[dict[str, float], dict[str, str]]:
+        """Relative error, and md5, by name of the result, of the case that is timed from now on."""
+        from sparsek_tune import dispatch
+        from sparsek_tune.bench import check, inputs, machine, ours
+        from sparsek_tune.bench.cases import Case
+        from sparsek_tune.kernel_templates import TEMPLATES
+        from sparsek_tune.presets import shapes
+        from sparsek_tune.problem import current_device
+        from sparsek_tune.reference import Selection
 
+        device = current_device()
+        self._runs: dict[str, Any] = {}  # the tensors of the case before go first
+        self._gpu = machine.Cuda(device.l2)
+        self._gpu.free()
+        (shape,) = shapes((), (text,))
+        i = inputs.make(
+            Case(shape, distribution), 0, self._gpu.device, inputs.load(Path(recorded)) if recorded else None
+        )
+        self._configs = {name: template.default(shape.problem, device) for name, template in TEMPLATES.items()}
+        made = ours.stages(i, self._configs)
+        both = ours.forward_backward(i)
+        self._runs = {
+            **made.run, "index": made.find, "forward in all": ours.forward(i), "forward + backward": both,
+        }  # fmt: skip
+        with dispatch.override(self._configs):
+            short = check.at_reduced_length(shape.problem, self._configs, self._gpu.device, 0)
+            errors = {**check.at_length(i, shape.dtype, 0).errors, "du": short.errors.get("du", 0.0)}
+            results = {**ours.results(i)._asdict(), **dict(zip(("dq", "dk", "dv", "du"), both(), strict=False))}
+        results |= dict(zip(Selection._fields, made.index, strict=False))
+        return errors, {name: _hash(t) for name, t in results.items()}
 
-def _named(gradients: tuple[Any, ...]) -> dict[str, Any]:
-    return dict(zip(("dq", "dk", "dv", "du"), gradients, strict=False))
+    def times(self, seconds: float) -> dict[str, float]:
+        from sparsek_tune import dispatch
+
+        with dispatch.override(self._configs):
+            return {name: self._gpu.time(run, seconds).median for name, run in self._runs.items()}
 
 
 def _hash(t: Any) -> str:
@@ -71,40 +71,28 @@ def _hash(t: Any) -> str:
     return hashlib.md5(t.contiguous().view(torch.uint8).cpu().numpy().tobytes()).hexdigest()
 
 
-class Version:
-    """A checkout's process."""
-
-    def __init__(self, checkout: Path, scratch: Path) -> None:
-        package = scratch / "sparsek_tune"  # as it is installed: the templates and the database are parts of it
-        package.mkdir(parents=True)
-        for source in (*(checkout / "sparsek_tune").iterdir(), checkout / "kernel_templates", checkout / "db"):
-            (package / source.name).symlink_to(source.resolve())
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--work"], env={**os.environ, "PYTHONPATH": str(scratch)}, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self.process.stdin and self.process.stdout
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"a version's process ended with exit code {self.process.wait()}")
-        return json.loads(line)
+def start(checkout: Path, scratch: Path) -> Worker:
+    """The process of a checkout's version."""
+    package = scratch / "sparsek_tune"  # as it is installed: the templates and the database are parts of it
+    package.mkdir(parents=True)
+    for source in (*(checkout / "sparsek_tune").iterdir(), checkout / "kernel_templates", checkout / "db"):
+        (package / source.name).symlink_to(source.resolve())
+    path = os.pathsep.join((str(scratch), str(Path(__file__).resolve().parent)))
+    return Worker("versions:Side", env={"PYTHONPATH": path})
 
 
-def compare(versions: list[Version], request: dict[str, Any], turns: int) -> None:
-    """Prints one case."""
-    answers = [[v.ask({**request, "turn": turn}) for v in versions] for turn in range(turns)]
-    old, new = ([turn[side] for turn in answers] for side in (0, 1))
-    print(f"\n{request['shape']} {request['distribution']}\n{'':24}{'old':>9}{'new':>9}{'old/new':>9}")
+def compare(sides: list[Any], case: tuple[str, str, str], turns: int, seconds: float) -> None:
+    """Prints one case: shape, distribution, file of recorded tensors."""
+    (errors, hashes), (new_errors, new_hashes) = (side.call("prepare", *case, timeout=TIMEOUT) for side in sides)
+    taken = [[side.call("times", seconds, timeout=TIMEOUT) for side in sides] for _ in range(turns)]
+    print(f"\n{case[0]} {case[1]}\n{'':24}{'old':>9}{'new':>9}{'old/new':>9}")
     for name in TIMES:
-        a, b = (statistics.median(x["times"][name] for x in side) for side in (old, new))
+        a, b = (statistics.median(turn[side][name] for turn in taken) for side in (0, 1))
         print(f"{name:24}{a:9.4f}{b:9.4f}{a / b:9.3f}")
-    for name, error in old[0]["errors"].items():
-        print(f"error of {name:15}{error:9.1e}{new[0]['errors'][name]:9.1e}")
-    same = [name for name, x in old[0]["hashes"].items() if new[0]["hashes"][name] == x]
-    print(f"same bits: {', '.join(same) or 'none'} of {', '.join(old[0]['hashes'])}", flush=True)
+    for name, error in errors.items():
+        print(f"error of {name:15}{error:9.1e}{new_errors[name]:9.1e}")
+    same = [name for name, x in hashes.items() if new_hashes[name] == x]
+    print(f"same bits: {', '.join(same) or 'none'} of {', '.join(hashes)}", flush=True)
 
 
 def main() -> None:
@@ -117,19 +105,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.1, help="for one timing")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        versions = [Version(c, Path(scratch) / str(side)) for side, c in enumerate(options.checkouts)]
-        for shape in options.shape or ["n=65536,k=1024,w=0", "n=65536,k=512,w=512", "n=4096,k=512,w=0"]:
-            for distribution in options.distribution or ["iid"]:
-                recorded = options.recorded if distribution == "trained" else ""
-                case = {"shape": shape, "distribution": distribution, "recorded": recorded, "seconds": options.seconds}
-                compare(versions, case, options.turns)
-        for version in versions:
-            version.process.stdin.close()  # type: ignore[union-attr]
-            version.process.wait()
+        sides = [start(checkout, Path(scratch) / str(side)) for side, checkout in enumerate(options.checkouts)]
+        try:
+            for shape in options.shape or ["n=65536,k=1024,w=0", "n=65536,k=512,w=512", "n=4096,k=512,w=0"]:
+                for distribution in options.distribution or ["iid"]:
+                    recorded = options.recorded if distribution == "trained" else ""
+                    compare(sides, (shape, distribution, recorded), options.turns, options.seconds)
+        finally:
+            for side in sides:
+                side.close()
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--work"]:
-        work(sys.stdin, lambda x: print(json.dumps(x), flush=True))
-    else:
-        main()
+    main()

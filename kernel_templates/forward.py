@@ -198,7 +198,7 @@ def forward_kernel(
     n = tl.arange(0, BN)
     ONLINE: tl.constexpr = q.dtype == tl.float16
     # Masks take registers; a narrow block leaves them.
-    MASKED: tl.constexpr = BN // 2 if BN > 16 else BN
+    NARROW: tl.constexpr = BN // 2 if BN > 16 else BN
 
     lo, clear, plain, end, born, hi, late, late_hi = first, first, first, first, first, first, first, first
     if SELECTED:
@@ -258,7 +258,7 @@ def forward_kernel(
     if SELECTED:
         acc, peak, total = _masked(
             acc, peak, total, q, near, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr, list_expiry_ptr,
-            runs, first, window, log_scale, D, BD, GATE, WIDE, MASKED, ONLINE, STAGES,
+            runs, first, window, log_scale, D, BD, GATE, WIDE, NARROW, ONLINE, STAGES,
         )  # fmt: skip
     if WINDOW:
         acc, peak, total = _edges(
@@ -277,12 +277,12 @@ def forward_kernel(
                 acc, peak, total = _masked(
                     acc, peak, total, q, near, tau, k_ptr, v_ptr, sk_n, sv_n, list_ptr, list_u_ptr,
                     list_expiry_ptr, (lo, hi, hi, hi, late, late_hi), first, window, log_scale, D, BD, GATE, WIDE,
-                    MASKED, True, 1,
+                    NARROW, True, 1,
                 )  # fmt: skip
             if WINDOW:
                 acc, peak, total = _edges(
                     acc, peak, total, q, near, k_ptr, v_ptr, sk_n, sv_n, window_lo, window_end, window_end,
-                    first, last, window, log_scale, D, BD, WIDE, MASKED, True, 1,
+                    first, last, window, log_scale, D, BD, WIDE, NARROW, True, 1,
                 )  # fmt: skip
 
     o = acc / tl.where(total > 0, total, 1.0)[:, None]

@@ -27,8 +27,9 @@ def window_kernel(count_ptr, N, first, window, BQ: tl.constexpr, BN: tl.constexp
     if AGAIN:
         clear = end
     for step in range(0, (end - clear) // BN):
-        at = (i - first)[:, None] * N + (clear + step * BN + tl.arange(0, BN))[None, :]
-        there = (i < N)[:, None] & (clear + step * BN + tl.arange(0, BN) >= 0)[None, :]
+        j = clear + step * BN + tl.arange(0, BN)
+        at = (i - first)[:, None] * N + j[None, :]
+        there = (i < N)[:, None] & (j >= 0)[None, :]
         tl.store(count_ptr + at, tl.load(count_ptr + at, mask=there, other=0) + 1, mask=there)
     for step in range(0, tiles.edge_steps(lo, clear, end, last, BN)):
         block = tiles.edge_block(step, lo, clear, end, BN)

@@ -167,18 +167,18 @@ def test_interrupting_keeps_what_was_measured_and_the_next_run_goes_on(store, mo
 def test_an_interrupt_while_a_candidate_hangs_ends_at_once(store, monkeypatch):
     from sparsek_tune.tune.bench import Bench
 
-    real, timers, interrupted = Bench.measure, [], []
+    real, interrupted = Bench.measure, []
 
     def impatient(self, spec, config, *rest):
-        if config["fault"] == "hang":
-            interrupted.append(time.monotonic())
-            timers.append(threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)))
-            timers[0].start()
+        if config["fault"] != "hang":
+            return real(self, spec, config, *rest)
+        interrupted.append(time.monotonic())
+        timer = threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+        timer.start()
         try:
             return real(self, spec, config, *rest)
         finally:
-            for timer in timers:
-                timer.cancel()  # should the call return before
+            timer.cancel()  # should the call return before
 
     monkeypatch.setattr(Bench, "measure", impatient)
     monkeypatch.setitem(EFFORTS, "tiny", dataclasses.replace(TINY, timeout=60.0))
