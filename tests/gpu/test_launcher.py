@@ -248,8 +248,11 @@ def test_checks_are_not_skipped():
         torch.ops.sparsek.attention(query, key.half(), value, scores, 8, 0, 0.1, "kv")
 
 
-def test_memory_of_a_replay_is_no_more():
-    tensors = [t.detach() for t in make(n=16384, hq=8, d=128)]
+@pytest.mark.parametrize(("n", "more"), [(16384, replay.WORTH), (131072, 1 << 20)])
+def test_memory_of_a_replay(n, more):
+    """One workspace may take WORTH more than what is allocated as it is needed; where that is not enough there are two,
+    and the replay takes no more."""
+    tensors = [t.detach() for t in make(n=n, hq=8, d=128)]
 
     def peak():
         torch.cuda.synchronize()
@@ -259,4 +262,4 @@ def test_memory_of_a_replay_is_no_more():
         return torch.cuda.max_memory_allocated() - start
 
     worked_out, _, replayed = peak(), peak(), peak()
-    assert replayed <= worked_out * 1.02 + (1 << 20)
+    assert replayed <= worked_out * 1.02 + more
