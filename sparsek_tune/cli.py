@@ -312,7 +312,7 @@ def bench(
     from sparsek_tune.bench import arguments, plot, report
 
     arguments.check_files(json_file, plot_file)
-    if sources and (json_file or models or texts or recorded):
+    if sources and (json_file or models or texts or recorded or peers):
         raise click.UsageError("--from takes --plot alone: it measures nothing")
     if sources:
         document, wrong = arguments.earlier(sources), []

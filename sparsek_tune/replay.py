@@ -3,8 +3,8 @@
 What a stage launches follows from shapes, strides, dtypes, alignment and options alone (``launch``). So the second call
 of a kind is recorded: which tensors it allocated, and which kernels it launched with which arguments. From then on such
 a call is a table: allocate the results and a workspace, and launch each kernel with the addresses filled in. That
-takes a few microseconds a launch, where working everything out anew takes ten times that. Where it saves memory, the
-launches are two phases, and the second takes what the first no longer needs.
+takes a few microseconds a launch, where working everything out anew takes ten times that. Where that saves more than
+WORTH, the launches are two phases, and the second takes what the first no longer needs.
 
 A call is replayed only where all that the recorded one depended on is equal, its arguments' validity included, and
 where nothing observes launches (``launcher.observed``). A call that did anything but allocate, take views and launch is
@@ -27,7 +27,7 @@ from .launcher import Bound, Launch
 
 MOST = 1024  # calls remembered; a few kilobytes each
 ALIGNED = 512  # bytes: how PyTorch's own allocations are aligned
-WORTH = 16 << 20  # bytes that a second phase must save: it costs two allocations, a tenth of a short call's host time
+WORTH = 16 << 20  # bytes that a second phase must save and more: it costs a tenth of a short call's host time
 
 _ALLOCATING = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
 _plans: dict[Any, Plan | bool] = {}  # True: seen once; False: cannot be replayed

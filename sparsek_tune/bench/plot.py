@@ -31,7 +31,7 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window, whatever the environment says
     from matplotlib.figure import Figure
 
-    cases = [c for c in document["cases"] if c.get("totals")]
+    cases = sorted((c for c in document["cases"] if c.get("totals")), key=_place)
     figure = Figure(figsize=(15, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.1))
@@ -67,6 +67,11 @@ def peer_lines(cases: Sequence[Entry], name: str) -> Lines:
             if time is not None:
                 lines.setdefault(_label(peer, case, found), []).append((case.shape.n, time))
     return {label: sorted(points) for label, points in lines.items()}
+
+
+def _place(entry: Entry) -> tuple[int, int]:
+    """Short rows first, and those without a window: of what has it the peers are drawn."""
+    return entry["problem"]["w"], entry["problem"]["n"]
 
 
 def _side(entry: Entry) -> tuple[str, int]:
