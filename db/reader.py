@@ -94,14 +94,16 @@ def schema_version(connection: sqlite3.Connection, path: Path) -> int:
     return version
 
 
-def load(path: str | os.PathLike[str] | None, kind: str, cc: int) -> Winners:
-    """Every winner for ``kind`` and compute capability ``cc`` in the database ``path`` (None: the default)."""
+def load(path: str | os.PathLike[str] | None, kind: str, cc: int | None) -> Winners:
+    """Every winner of ``kind`` and of capability ``cc`` (None: any) in the database ``path`` (None: the default)."""
     try:
         file = Path(path) if path else default_path()
         try:
             connection = connect(file)
             try:
-                rows = connection.execute(_WINNERS, (kind, cc)).fetchall() if schema_version(connection, file) else []
+                rows = (
+                    connection.execute(_WINNERS, (kind, cc, cc)).fetchall() if schema_version(connection, file) else []
+                )
             finally:
                 connection.close()
         except sqlite3.Error as error:
@@ -111,11 +113,13 @@ def load(path: str | os.PathLike[str] | None, kind: str, cc: int) -> Winners:
         return Winners((), str(error))
     except Exception as error:  # the runtime must go on, whatever is wrong with a file
         return Winners((), str(error) or repr(error), broken=True)
-    return Winners(entries, "" if entries else f"the database {file} holds no winner for {kind}:{cc}")
+    return Winners(
+        entries, "" if entries else f"the database {file} holds no winner for {kind}:{'any' if cc is None else cc}"
+    )
 
 
-def load_shipped(kind: str, cc: int, directory: Path | None = None) -> Winners:
-    """Every winner for ``kind`` and ``cc`` in the JSON files of ``directory`` (None: the package's own).
+def load_shipped(kind: str, cc: int | None, directory: Path | None = None) -> Winners:
+    """Every winner for ``kind`` and ``cc`` (None: any) in the JSON files of ``directory`` (None: the package's own).
 
     One file a GPU: ``{"format": 1, "device": {...}, "winners": [{"template": ..., "source_hash": ..., "problem": {...},
     "config": {...}, "default_ms": ..., "tuned_ms": ..., "static": false, "created_at": ...}, ...]}``, where "device"
@@ -126,7 +130,7 @@ def load_shipped(kind: str, cc: int, directory: Path | None = None) -> Winners:
     for file in sorted((directory or SHIPPED).glob("*.json")):
         try:
             found = parse(json.loads(file.read_text(encoding="utf-8")))
-            entries += [e for e in found if (e.device.kind, e.device.cc) == (kind, cc)]
+            entries += [e for e in found if e.device.kind == kind and cc in (None, e.device.cc)]
         except Exception as error:  # one bad file must not take the others along
             faults.append(f"the shipped configs {file} are unusable: {error!r}")
     return Winners(tuple(entries), "; ".join(faults), broken=bool(faults))
@@ -185,7 +189,7 @@ SELECT t.name, t.source_hash, {", ".join(f"d.{f}" for f in _DEVICE)}, {", ".join
 FROM winner w JOIN device d ON d.id = w.device_id JOIN template t ON t.id = w.template_id
      JOIN problem p ON p.id = w.problem_id JOIN measurement m ON m.id = w.measurement_id
      JOIN config c ON c.id = m.config_id
-WHERE d.kind = ? AND d.cc = ?
+WHERE d.kind = ? AND (? IS NULL OR d.cc = ?)
 ORDER BY m.id
 """
 

@@ -129,7 +129,8 @@ class Store:
         self._read.dispose()
 
     @contextmanager
-    def _session(self, write: bool = False) -> Iterator[Session]:
+    def session(self, write: bool = False) -> Iterator[Session]:
+        """One transaction; commits at the end of the block. For the modules of this package."""
         try:
             with Session(self._write if write else self._read) as session, session.begin():
                 yield session
@@ -142,7 +143,7 @@ class Store:
 
     def start_run(self, command: str) -> int:
         """Note that ``command`` began to tune here; returns the run's id for :meth:`record`."""
-        with self._session(write=True) as session:
+        with self.session(write=True) as session:
             row = RunRow(
                 command=command, host=socket.gethostname(), pid=os.getpid(), outcome="running", started_at=_now()
             )
@@ -154,7 +155,7 @@ class Store:
         """Note how ``run`` ended: "done", "interrupted" or "failed". A run that was killed stays "running"."""
         if outcome not in OUTCOMES[1:]:
             raise ValueError(f"outcome must be one of {', '.join(OUTCOMES[1:])}, but is {outcome!r}")
-        with self._session(write=True) as session:
+        with self.session(write=True) as session:
             row = session.get_one(RunRow, run)
             row.outcome, row.finished_at = outcome, _now()
 
@@ -162,13 +163,13 @@ class Store:
         self, device: Device, template: Template, problem: Problem, config: Config, result: Measured, run: int
     ) -> int:
         """Append one measurement and commit it; returns its id. ``problem`` is projected on ``template.fields``."""
-        with self._session(write=True) as session:
+        with self.session(write=True) as session:
             row = MeasurementRow(
                 run_id=run,
-                device_id=_id(session, DeviceRow, device.as_dict()),
-                template_id=_id(session, TemplateRow, _template(template)),
-                problem_id=_id(session, ProblemRow, problem.project(template.fields)._asdict()),
-                config_id=_id(session, ConfigRow, {"key": config.key}),
+                device_id=row_id(session, DeviceRow, device.as_dict()),
+                template_id=row_id(session, TemplateRow, _template(template)),
+                problem_id=row_id(session, ProblemRow, problem.project(template.fields)._asdict()),
+                config_id=row_id(session, ConfigRow, {"key": config.key}),
                 status=result.status,
                 reason=result.reason,
                 median_ms=result.median_ms,
@@ -197,7 +198,7 @@ class Store:
             )
             .order_by(MeasurementRow.id)
         )
-        with self._session() as session:
+        with self.session() as session:
             return [_recorded(row, key) for row, key in session.execute(query)]
 
     def set_winner(self, measurement: int, default_ms: float | None = None, tuned_ms: float | None = None) -> bool:
@@ -207,7 +208,7 @@ class Store:
         changes nothing, where a static result would replace a measured one. Raises ValueError unless the measurement
         exists and its status is "ok" or "static".
         """
-        with self._session(write=True) as session:
+        with self.session(write=True) as session:
             row = session.get(MeasurementRow, measurement)
             if row is None or row.status not in ("ok", "static"):
                 found = "missing" if row is None else row.status
@@ -232,7 +233,7 @@ class Store:
 
     def winners(self) -> list[Entry]:
         """Every winner, oldest measurement first."""
-        with self._session() as session:
+        with self.session() as session:
             return _winners(session)
 
     def summary(self) -> list[Summary]:
@@ -243,7 +244,7 @@ class Store:
             .group_by(*key, MeasurementRow.status)
             .order_by("first")
         )
-        with self._session() as session:
+        with self.session() as session:
             found: dict[tuple[int, int, int], dict[str, int]] = {}
             for d, t, p, status, count, _ in map(tuple, session.execute(counts)):
                 found.setdefault((d, t, p), {})[status] = count
@@ -268,7 +269,7 @@ def _equal(table: type[Base], values: Mapping[str, Any]) -> list[Any]:
     return [getattr(table, name) == value for name, value in values.items()]
 
 
-def _id(session: Session, table: Any, values: Mapping[str, Any]) -> int:
+def row_id(session: Session, table: Any, values: Mapping[str, Any]) -> int:
     """The id of the row that holds ``values``, added where there is none (safe: the writer holds the lock)."""
     found = session.scalar(select(table.id).where(*_equal(table, values)))
     if found is None:

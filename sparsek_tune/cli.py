@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import shlex
 import sys
@@ -17,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sparsek_tune import __version__
+from sparsek_tune import __version__, sharing
 from sparsek_tune.bench.arguments import bench_options
 from sparsek_tune.bench.cases import PEERS, Case
+from sparsek_tune.command import BROKEN, INTERRUPTED, NO_GPU, NOTHING, Fault, as_json_option, guarded, print_json
 from sparsek_tune.presets import MODELS, Shape
 from sparsek_tune.presets import shapes as all_shapes
 from sparsek_tune.problem import Device, current_device, target_device
@@ -27,42 +29,10 @@ from sparsek_tune.tune.types import EFFORTS
 
 if TYPE_CHECKING:
     from sparsek_tune.db.store import Summary
+    from sparsek_tune.dispatch import Candidate, Plan
     from sparsek_tune.tune import Row
 
-BROKEN, NO_GPU, DATABASE, NOTHING, INTERRUPTED = 1, 3, 4, 5, 130
 FIELDS = ",".join(Shape.__dataclass_fields__)
-
-
-class Fault(click.ClickException):
-    """An error with its exit code. results: what a JSON document still has to say."""
-
-    def __init__(self, message: str, code: int, **results: Any) -> None:
-        super().__init__(message)
-        self.exit_code = code  # type: ignore[misc]
-        self.results = results
-
-
-def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn database errors and Ctrl-C into messages and exit codes; with --json, every error into a document too."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        from sparsek_tune.db.errors import DatabaseError
-
-        try:
-            return command(*args, **kwargs)
-        except DatabaseError as error:
-            fault: click.ClickException = Fault(str(error), DATABASE)
-        except KeyboardInterrupt:
-            fault = Fault("interrupted", INTERRUPTED)
-        except click.ClickException as error:
-            fault = error
-        if kwargs.get("as_json") or kwargs.get("json_file") == Path("-"):
-            results = fault.results if isinstance(fault, Fault) else {}
-            _print_json(**results, error=fault.format_message(), exit_code=fault.exit_code)
-        raise fault
-
-    return run
 
 
 def _shape_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,7 +48,6 @@ def _shape_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return model(shape(command))
 
 
-as_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
 device_option = click.option("--device", "index", type=click.IntRange(0), help="CUDA device index [default: 0].")
 target_option = click.option("--target", metavar="cuda:CC", help="A GPU to be named, not looked at, such as cuda:90.")
 
@@ -120,10 +89,6 @@ def _hide_others(index: int) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = str(index) if names is None else names[index]
 
 
-def _print_json(**document: Any) -> None:
-    click.echo(json.dumps({"schema": 1, **document}, indent=2))
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="sparsek-tune")
 def main() -> None:
@@ -144,7 +109,7 @@ def main() -> None:
 @target_option
 @device_option
 @as_json_option
-@_guarded
+@guarded
 def run(
     models: tuple[str, ...], texts: tuple[str, ...], effort: str, budget: float | None, target: str | None,
     index: int | None, as_json: bool,
@@ -188,7 +153,7 @@ def run(
     if all(row.config is None for row in rows):
         raise Fault("no kernel has a working config", NOTHING, **report)
     if as_json:
-        _print_json(**report)
+        print_json(**report)
 
 
 def _table(rows: Sequence[Row]) -> None:
@@ -203,7 +168,7 @@ def _table(rows: Sequence[Row]) -> None:
 
 @main.command()
 @as_json_option
-@_guarded
+@guarded
 def show(as_json: bool) -> None:
     """List what the database holds: per GPU, kernel and problem the attempts and the winner."""
     from sparsek_tune.db.store import Store
@@ -212,7 +177,7 @@ def show(as_json: bool) -> None:
     with Store(read_only=True) as store:
         found, path = store.summary(), str(store.path)
     if as_json:
-        _print_json(database=path, entries=[_summary(s) for s in found])
+        print_json(database=path, entries=[_summary(s) for s in found])
         return
     click.echo(f"database {path}", err=True)
     if not found:
@@ -246,14 +211,14 @@ def _summary(s: Summary) -> dict[str, Any]:
 @_shape_options
 @target_option
 @device_option
+@click.option("--explain", is_flag=True, help="List every stored config of each kernel, and why it does not serve.")
 @as_json_option
-@_guarded
+@guarded
 def resolve(
-    models: tuple[str, ...], texts: tuple[str, ...], target: str | None, index: int | None, as_json: bool
+    models: tuple[str, ...], texts: tuple[str, ...], target: str | None, index: int | None, explain: bool, as_json: bool
 ) -> None:
     """Say which config each kernel gets for the given shapes on this GPU (or --target), its grade and why."""
-    from sparsek_tune.dispatch import resolve as resolve_problem
-    from sparsek_tune.display import table
+    from sparsek_tune import dispatch
 
     wanted = _shapes(models, texts)
     if target is not None and index is not None:
@@ -261,18 +226,48 @@ def resolve(
     device = _target(target) if target else _gpu(index)
     if device is None:
         raise Fault("there is no GPU here: name one with --target, such as --target cuda:90", NO_GPU)
-    plans = [resolve_problem(p, device) for p in dict.fromkeys(s.problem for s in wanted)]
+    problems = dict.fromkeys(s.problem for s in wanted)
+    plans = [(dispatch.resolve(p, device), dispatch.explain(p, device) if explain else {}) for p in problems]
     if as_json:
-        _print_json(device=device.as_dict(), plans=[
-            {"problem": plan.problem._asdict(), "kernels": {
-                name: {"config": r.config, "grade": r.grade, "reason": r.reason, "distance": r.distance}
-                for name, r in plan.items()
-            }} for plan in plans
-        ])  # fmt: skip
+        print_json(device=device.as_dict(), plans=[_plan_document(*plan) for plan in plans])
         return
-    for plan in plans:
-        rows = [(name, r.grade, r.config.key, r.reason) for name, r in plan.items()]
-        table(f"{plan.problem} on {device.name}", ("kernel", "grade", "config", "reason"), rows)
+    for plan, candidates in plans:
+        _plan_table(plan, candidates)
+
+
+def _plan_document(plan: Plan, candidates: Mapping[str, Sequence[Candidate]]) -> dict[str, Any]:
+    kernels = {
+        name: {"config": r.config, "grade": r.grade, "reason": r.reason, "distance": r.distance}
+        for name, r in plan.items()
+    }
+    for name, found in candidates.items():
+        kernels[name]["candidates"] = [
+            {
+                "config": c.entry.config, "device": c.entry.device.as_dict(), "problem": c.entry.problem._asdict(),
+                "grade": c.grade, "distance": c.distance if math.isfinite(c.distance) else None, "refused": c.refused,
+            } for c in found
+        ]  # fmt: skip
+    return {"problem": plan.problem._asdict(), "kernels": kernels}
+
+
+def _plan_table(plan: Plan, candidates: Mapping[str, Sequence[Candidate]]) -> None:
+    from sparsek_tune.display import table
+
+    where = f"{plan.problem} on {plan.device.name}"
+    rows = [(name, r.grade, r.config.key, r.reason) for name, r in plan.items()]
+    table(where, ("kernel", "grade", "config", "reason"), rows)
+    if candidates:
+        header = ("kernel", "config", "device", "problem", "distance", "verdict")
+        table(f"Stored configs for {where}", header, [
+            (name, c.entry.config, c.entry.device.name, str(c.entry.problem), c.distance, _verdict(c, place))
+            for name, found in candidates.items() for place, c in enumerate(found)
+        ])  # fmt: skip
+
+
+def _verdict(candidate: Candidate, place: int) -> str:
+    if candidate.refused:
+        return candidate.refused
+    return f"{candidate.grade}: served" if place == 0 else f"{candidate.grade}: a better one serves"
 
 
 @main.command()
@@ -287,7 +282,7 @@ def doctor(as_json: bool) -> None:
 
     findings = examine()
     if as_json:
-        _print_json(findings=[f._asdict() for f in findings])
+        print_json(findings=[f._asdict() for f in findings])
     else:
         table("", ("subject", "state", "found", "to mend"), [(f.subject, f.level, f.found, f.mend) for f in findings])
     if any(f.level == "broken" for f in findings):
@@ -298,7 +293,7 @@ def doctor(as_json: bool) -> None:
 @_shape_options
 @bench_options
 @device_option
-@_guarded
+@guarded
 def bench(
     models: tuple[str, ...], texts: tuple[str, ...], distributions: tuple[str, ...], recorded: Path | None,
     peers: tuple[str, ...], backward: bool, seconds: float, peer_limit: float, seed: int, index: int | None,
@@ -332,7 +327,7 @@ def bench(
     if wrong:
         raise Fault("failed: " + "; ".join(wrong), BROKEN, **document)
     if json_file == arguments.STDOUT:
-        _print_json(**document)
+        print_json(**document)
 
 
 def _measure(
@@ -354,6 +349,10 @@ def _measure(
         raise Fault(f"interrupted{kept}", INTERRUPTED, **run.document) from None
     except OSError as error:
         raise Fault(f"{file} cannot be written any more: {error}", BROKEN, **run.document) from error
+
+
+for command in sharing.COMMANDS:
+    main.add_command(command)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ import itertools
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sparsek_tune.db import reader
 from sparsek_tune.db.reader import Entry, Winners
@@ -38,6 +38,16 @@ class Resolution:
     grade: str
     reason: str
     distance: float = 0.0
+
+
+class Candidate(NamedTuple):
+    """A stored config and what became of it for one problem on one device. grade, distance (octaves; inf where a field
+    that must match does not): how good a match it is; refused: why it may not serve, "" where it may."""
+
+    entry: Entry
+    grade: str
+    distance: float
+    refused: str
 
 
 class Plan(Mapping[str, Resolution]):
@@ -75,6 +85,21 @@ def resolve(
     (None: the package's, both). Never raises because of a file; the reasons say what was wrong with it.
     """
     return _plan(problem, device, _read(device, path, shipped), _templates() if templates is None else templates)
+
+
+def explain(
+    problem: Problem,
+    device: Device,
+    path: str | PathLike[str] | None = None,
+    *,
+    templates: Mapping[str, Template] | None = None,
+    shipped: Path | None = None,
+) -> dict[str, list[Candidate]]:
+    """Template name to every stored config of that kernel, those of other GPUs included, best first: the first one that
+    is not refused is what :func:`resolve` serves. Arguments as there."""
+    stored = _read(device, path, shipped, anywhere=True)
+    templates = _templates() if templates is None else templates
+    return {name: _candidates(t, problem, device, stored.entries) for name, t in templates.items()}
 
 
 # --- the hot path: process-wide, because backward passes run on threads of PyTorch's own
@@ -170,10 +195,11 @@ def _config(key: str) -> Config:
 # --- the choice
 
 
-def _read(device: Device, path: str | PathLike[str] | None, shipped: Path | None) -> Winners:
-    """The user's winners and the shipped ones, with the reasons of both."""
-    own = reader.load(path, device.kind, device.cc)
-    ours = reader.load_shipped(device.kind, device.cc, shipped)
+def _read(device: Device, path: str | PathLike[str] | None, shipped: Path | None, anywhere: bool = False) -> Winners:
+    """The user's winners and the shipped ones, with the reasons of both; ``anywhere``: of all compute capabilities."""
+    cc = None if anywhere else device.cc
+    own = reader.load(path, device.kind, cc)
+    ours = reader.load_shipped(device.kind, cc, shipped)
     reason = "; ".join(filter(None, (own.reason, ours.reason)))
     return Winners(own.entries + ours.entries, reason, own.broken or ours.broken)
 
@@ -183,45 +209,51 @@ def _plan(problem: Problem, device: Device, stored: Winners, templates: Mapping[
 
 
 def _choose(template: Template, problem: Problem, device: Device, stored: Winners) -> Resolution:
-    """The best entry by grade, then distance, then fewest version differences, then newest, then config text."""
-    refused: Counter[str] = Counter()
-    matches: list[tuple[Entry, str, float]] = []
-    for entry in stored.entries:
-        if entry.template != template.name:
-            continue
-        why, distance = _mismatch(entry, template, problem, device)
-        if why:
-            refused[why] += 1
-        else:
-            matches.append((entry, _grade(entry, distance), distance))
-    matches.sort(key=lambda m: m[0].config)
-    matches.sort(key=lambda m: m[0].created_at, reverse=True)
-    matches.sort(key=lambda m: (GRADES.index(m[1]), m[2], len(_differences(m[0].device, device))))
-    for entry, grade, distance in matches:
-        why = _unusable(entry, template, problem, device)
-        if not why:
+    found = _candidates(template, problem, device, stored.entries)
+    for entry, grade, distance, refused in found:
+        if not refused:
             reason = _sentence(entry, grade, distance, template, problem, device)
             reason = f"{reason}; {stored.reason}" if stored.broken else reason
             return Resolution(_config(entry.config), grade, reason, distance)
-        refused[why] += 1
+    refused = Counter(c.refused for c in found)
     return Resolution(template.default(problem, device), "default", _apology(refused, stored.reason))
 
 
+def _candidates(template: Template, problem: Problem, device: Device, entries: Iterable[Entry]) -> list[Candidate]:
+    """Best by grade, distance, fewest version differences, then newest, then config text; refused ones last."""
+    found: list[Candidate] = []
+    for entry in entries:
+        if entry.template == template.name:
+            why, distance = _mismatch(entry, template, problem, device)
+            why = why or _unusable(entry, template, problem, device)
+            found.append(Candidate(entry, _grade(entry, distance), distance, why))
+    found.sort(key=lambda c: c.entry.config)
+    found.sort(key=lambda c: c.entry.created_at, reverse=True)
+    found.sort(
+        key=lambda c: (
+            bool(c.refused), GRADES.index(c.grade), c.distance, len(_differences(c.entry.device, device)),
+        )
+    )  # fmt: skip
+    return found
+
+
 def _mismatch(entry: Entry, template: Template, problem: Problem, device: Device) -> tuple[str, float]:
-    """Why ``entry``, read for the right compute capability, must not serve ("" if it may); its distance in octaves."""
+    """Why ``entry`` must not serve ("" if it may); its distance in octaves."""
+    if entry.device.cc != device.cc:
+        return "for another compute capability", math.inf
     if entry.source_hash != template.source_hash:
         return "from another version of the kernel's source", math.inf
     wanted = problem.project(template.fields)
     for name in HARD:
         if getattr(entry.problem, name) != getattr(wanted, name):
             return f"for another {name}", math.inf
-    total = 0.0
+    total, far = 0.0, ""
     for name, most in MAX_OCTAVES.items():
         octaves = _octaves(getattr(entry.problem, name), getattr(wanted, name))
         if octaves > most:
-            return f"too far away in {name}", math.inf
+            far = far or f"too far away in {name}"
         total += octaves
-    return "", total + (0.0 if entry.static or _same_gpu(entry.device, device) else OTHER_GPU)
+    return far, total + (0.0 if entry.static or _same_gpu(entry.device, device) else OTHER_GPU)
 
 
 def _octaves(a: int, b: int) -> float:

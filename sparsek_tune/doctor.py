@@ -20,6 +20,7 @@ NEEDED = {
     "sqlalchemy": (2, 0),
     "click": (8, 1),
     "rich": (13,),
+    "jsonschema": (4, 20),
 }
 DRIVER = Path("/proc/driver/nvidia/version")
 

@@ -191,6 +191,26 @@ def test_resolve_and_show_what_was_stored(cache):
     assert "static" in plain
 
 
+def test_resolve_explains_every_stored_config(cache):
+    device = target_device("cuda:90")
+    with Store() as store:
+        for n, status in ((4096, "static"), (1 << 20, "static")):
+            problem = PROBLEM._replace(n=n)
+            m = store.record(device, TEMPLATES["forward"], problem, DEFAULT, Measured(status), store.start_run("t"))
+            store.set_winner(m)
+    args = ("resolve", "--target", "cuda:90", "--model", "llama-3.1-8b", "--shape", "n=4096,k=1024", "--explain")
+    document = json.loads(invoke(*args, "--json").stdout)
+    kernels = document["plans"][0]["kernels"]
+    assert [(c["refused"], c["distance"]) for c in kernels["forward"]["candidates"]] == [
+        ("", 0.0),
+        ("too far away in n", 8.0),
+    ]
+    assert kernels["dq"]["candidates"] == []
+    shown = " ".join(invoke(*args).stdout.split())
+    assert "static: served" in shown and "too far away in n" in shown
+    assert "candidates" not in json.loads(invoke(*args[:-1], "--json").stdout)["plans"][0]["kernels"]["forward"]
+
+
 def test_database_errors_have_their_code(cache):
     assert invoke("show").exit_code == 4
     cache.write_bytes(b"this is no database, and it must survive" * 100)

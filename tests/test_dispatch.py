@@ -1,6 +1,7 @@
 """Which config serves a problem: grade by grade, and what the hot path costs and must not do."""
 
 import json
+import random
 import subprocess
 import sys
 import threading
@@ -260,6 +261,52 @@ def test_full_ties_do_not_depend_on_the_order():
     entries = (entry(TUNED), entry(OTHER))
     found = {dispatch._choose(FORWARD, PROBLEM, GPU, reader.Winners(o)).config for o in (entries, entries[::-1])}
     assert found == {OTHER}
+
+
+# --- why
+
+
+def test_every_stored_config_is_explained_best_first(tmp_path):
+    tune(OTHER, replace_n(4096))
+    tune(TUNED)
+    tune(Config(BLOCK=16, WARPS=2), replace_n(1 << 20))
+    tune(Config(BLOCK=16, WARPS=4), PROBLEM._replace(d=64))
+    tune(Config(BLOCK=16, WARPS=8), device=replace(GPU, cc=80, name="GPU C"))
+    tune(Config(BLOCK=7, WARPS=8), device=replace(GPU, name="GPU B"))
+    tune(Config(BLOCK=32, WARPS=1), kernel=template(sources=(json.__file__,)))
+    tune(Config(BLOCK=32, WARPS=8), kernel=template("dq"))
+    ship(reader.SHIPPED, Config(BLOCK=64, WARPS=1))
+    found = dispatch.explain(PROBLEM, GPU, templates={"forward": FORWARD})["forward"]
+    said = [(c.grade, c.distance, c.refused) for c in found if not c.refused]
+    assert said == [("exact", 0.0, ""), ("near", 2.0, ""), ("shipped", 0.0, "")]
+    assert found[0].entry.config == resolve().config.key
+    refused = {c.entry.config: (c.distance, c.refused) for c in found if c.refused}
+    assert refused == {
+        '{"BLOCK":16,"WARPS":2}': (6.0, "too far away in n"),
+        '{"BLOCK":16,"WARPS":4}': (float("inf"), "for another d"),
+        '{"BLOCK":16,"WARPS":8}': (float("inf"), "for another compute capability"),
+        '{"BLOCK":7,"WARPS":8}': (1.0, "not in the kernel's search space"),
+        '{"BLOCK":32,"WARPS":1}': (float("inf"), "from another version of the kernel's source"),
+    }
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_explained_first_is_what_serves(seed):
+    g = random.Random(seed)
+    for _ in range(6):
+        config = Config(BLOCK=g.choice([16, 32, 64, 128, 256]), WARPS=g.choice([1, 2, 4]))
+        device = replace(GPU, name=g.choice(["GPU A", "GPU B"]), driver=g.choice(["550.1", "560.0"]))
+        problem = PROBLEM._replace(n=g.choice([4096, 16384, 65536, 1 << 20]), k=g.choice([512, 1024]))
+        tune(config, problem, device, status=g.choice(["ok", "static"]))
+    first, served = dispatch.explain(PROBLEM, GPU, templates={"forward": FORWARD})["forward"][0], resolve()
+    if served.grade == "default":
+        assert first.refused
+    else:
+        assert (first.entry.config, first.grade, first.distance) == (served.config.key, served.grade, served.distance)
+
+
+def replace_n(n):
+    return PROBLEM._replace(n=n)
 
 
 # --- the hot path

@@ -11,6 +11,7 @@ from typing import Any
 
 from sparsek_tune.bench.cases import STAGES, case_of
 from sparsek_tune.display import table
+from sparsek_tune.files import replacing
 
 SCHEMA = 2
 Entry = Mapping[str, Any]
@@ -30,22 +31,9 @@ def check_writable(path: Path) -> None:
 
 def write(path: Path, document: Mapping[str, Any]) -> None:
     """The document as JSON at ``path``: whole, whenever the process is killed. Raises OSError."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(document, file, indent=1)
-            file.write("\n")
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with replacing(path) as file:
+        json.dump(document, file, indent=1)
+        file.write("\n")
 
 
 def read(path: Path) -> dict[str, Any]:

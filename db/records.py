@@ -1,0 +1,120 @@
+"""The portable form of what is stored: JSON lines, a header and then one measurement each, by ``record.schema.json``.
+
+Reading runs nothing and trusts nothing: a line that is too long, no JSON, not by the schema or impossible in itself is
+refused with its number, and with it the whole file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+from sparsek_tune.db.errors import DatabaseError
+
+HEADER = {"format": "sparsek-tune-records", "version": 1}
+SCHEMA = Path(__file__).with_name("record.schema.json")
+LONGEST = 1 << 18  # characters of a line
+
+Record = dict[str, Any]
+
+
+class RecordError(DatabaseError):
+    """A file of records that cannot be taken; the message holds its name and the line."""
+
+
+def write(file: TextIO, records: Iterable[Record]) -> int:
+    """Write records, as :func:`sparsek_tune.db.transfer.export` gives them, to an open text file; returns how many."""
+    count = 0
+    file.write(json.dumps(HEADER) + "\n")
+    for record in records:
+        file.write(json.dumps(record, allow_nan=False) + "\n")
+        count += 1
+    return count
+
+
+def read(file: TextIO, name: str) -> list[Record]:
+    """All records of an open text file. Raises RecordError, which calls it ``name``, for any line that is not right."""
+    records = []
+    number = 0
+    try:
+        for number, line in enumerate(_lines(file), 1):
+            document = _parse(line)
+            _check(document, first=number == 1)
+            if number > 1:
+                records.append(document)
+    except (ValueError, RecursionError) as error:
+        words = "is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise RecordError(f"{name}, line {max(number, 1)}: {words}; nothing was taken from the file") from error
+    if not number:
+        raise RecordError(f"{name} is empty: a file that `sparsek-tune export` wrote begins with a header")
+    return records
+
+
+def _lines(file: TextIO) -> Iterator[str]:
+    while line := file.readline(LONGEST + 1):
+        if len(line) > LONGEST:
+            raise ValueError(f"is longer than {LONGEST} characters")
+        yield line
+
+
+def _parse(line: str) -> Any:
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is no JSON number")
+
+    return json.loads(line, parse_constant=refuse, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice in one object")
+    return found
+
+
+def _check(document: Any, first: bool) -> None:
+    """Raises ValueError that says where and why ``document`` is not what such a line holds."""
+    if first and isinstance(document, dict) and document.get("format") == HEADER["format"]:
+        if document.get("version") != HEADER["version"]:
+            known = HEADER["version"]
+            raise ValueError(f"version must be {known}, but is {document.get('version')!r}: upgrade sparsek-tune")
+        return
+    if first:
+        raise ValueError(f"must be the header {json.dumps(HEADER)}")
+    from jsonschema.exceptions import best_match
+
+    if error := best_match(_validator().iter_errors(document)):
+        raise ValueError(f"{error.json_path}: {error.message[:200]}")
+    _check_sense(document)
+
+
+@cache
+def _validator() -> Any:
+    from jsonschema import Draft202012Validator
+    from jsonschema.validators import extend
+
+    def integer(_: Any, x: Any) -> bool:
+        return isinstance(x, int) and not isinstance(x, bool)  # JSON Schema takes 1.0 too; the columns are integers
+
+    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    kind = extend(Draft202012Validator, type_checker=Draft202012Validator.TYPE_CHECKER.redefine("integer", integer))
+    return kind({"$ref": "#/$defs/record", "$defs": schema["$defs"]})
+
+
+def _check_sense(record: Record) -> None:
+    """What a schema cannot say."""
+    timed = record["status"] in ("ok", "static")
+    low, median, high = record["ci_low_ms"], record["median_ms"], record["ci_high_ms"]
+    given = [t for t in (low, median, high) if t is not None]
+    if (given or record["winner"]) and not timed:
+        raise ValueError(f"$: an attempt of status {record['status']} has neither times nor won a race")
+    if record["status"] == "ok" and median is None:
+        raise ValueError("$.median_ms: must be a time where status is ok, but is null")
+    if given != sorted(given):
+        raise ValueError(f"$: ci_low_ms, median_ms, ci_high_ms must ascend, but are {low}, {median}, {high}")
+    for moment in (record["created_at"], record["run"]["started_at"], record["run"]["finished_at"]):
+        if moment is not None:
+            datetime.fromisoformat(moment)

@@ -1,0 +1,51 @@
+"""What every command shares: how it ends, and its JSON."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+BROKEN, NO_GPU, DATABASE, NOTHING, INTERRUPTED = 1, 3, 4, 5, 130
+
+as_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
+
+
+class Fault(click.ClickException):
+    """An error with its exit code. results: what a JSON document still has to say."""
+
+    def __init__(self, message: str, code: int, **results: Any) -> None:
+        super().__init__(message)
+        self.exit_code = code  # type: ignore[misc]
+        self.results = results
+
+
+def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn database errors and Ctrl-C into messages and exit codes; with --json, every error into a document too."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        from sparsek_tune.db.errors import DatabaseError
+
+        try:
+            return command(*args, **kwargs)
+        except DatabaseError as error:
+            fault: click.ClickException = Fault(str(error), DATABASE)
+        except KeyboardInterrupt:
+            fault = Fault("interrupted", INTERRUPTED)
+        except click.ClickException as error:
+            fault = error
+        if kwargs.get("as_json") or kwargs.get("json_file") == Path("-"):
+            results = fault.results if isinstance(fault, Fault) else {}
+            print_json(**results, error=fault.format_message(), exit_code=fault.exit_code)
+        raise fault
+
+    return run
+
+
+def print_json(**document: Any) -> None:
+    click.echo(json.dumps({"schema": 1, **document}, indent=2))

@@ -1,0 +1,134 @@
+"""The commands that take what is stored from one database to another."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sparsek_tune.command import BROKEN, Fault, as_json_option, guarded, print_json
+from sparsek_tune.files import replacing
+
+if TYPE_CHECKING:
+    from sparsek_tune.db.transfer import Report
+
+_FILE = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
+_EXISTING = click.Path(path_type=Path, dir_okay=False, allow_dash=True, exists=True, readable=True)
+_DATABASE = click.Path(path_type=Path, dir_okay=False, exists=True)
+_STDIO = Path("-")
+
+
+@click.command("export")
+@click.argument("file", type=_FILE)
+@guarded
+def export_command(file: Path) -> None:
+    """Write all that the database holds to FILE (- for stdout), to be shared: one JSON document a line.
+
+    Every measurement with its GPU, software, kernel source, problem, config, protocol and run (command, host and
+    process id among it), failed attempts too, and whether it is served. db/record.schema.json describes a line.
+    """
+    from sparsek_tune.db import records, transfer
+    from sparsek_tune.db.store import Store
+
+    with Store(read_only=True) as store:
+        found = transfer.export(store)
+    if file == _STDIO:
+        records.write(sys.stdout, found)
+        return
+    try:
+        with replacing(file) as out:
+            records.write(out, found)
+    except OSError as error:
+        raise Fault(f"{file} cannot be written: {error.strerror}", BROKEN) from error
+    click.echo(f"{len(found)} records written to {file}", err=True)
+
+
+@click.command("import")
+@click.argument("files", nargs=-1, required=True, type=_EXISTING)
+@as_json_option
+@guarded
+def import_command(files: tuple[Path, ...], as_json: bool) -> None:
+    """Add the records of FILES (- for stdin), written by export, to the database.
+
+    A file is checked as a whole before anything is written, and taken in one transaction. What is there already is
+    passed over. Where two configs won the same problem, the one with better evidence is served (measured before static,
+    then the higher speed-up over the default in its race) and the other reported. Nothing is run; a config will be
+    served only where this version's kernels allow it.
+    """
+    from sparsek_tune.db import records, transfer
+    from sparsek_tune.db.store import Store
+
+    found = []
+    for file in files:
+        with click.open_file(str(file), encoding="utf-8") as opened:
+            found.append((str(file), records.read(opened, str(file))))
+    with Store() as store:
+        reports = [(name, transfer.add(store, taken)) for name, taken in found]
+    _tell(reports, as_json)
+
+
+@click.command("merge")
+@click.argument("databases", nargs=-1, required=True, type=_DATABASE)
+@as_json_option
+@guarded
+def merge_command(databases: tuple[Path, ...], as_json: bool) -> None:
+    """Add all that other DATABASES hold to this one, by the rules of import. The others are only read."""
+    from sparsek_tune.db import transfer
+    from sparsek_tune.db.store import Store
+
+    found = []
+    for path in databases:
+        with Store(path, read_only=True) as other:
+            found.append((str(path), transfer.export(other)))
+    with Store() as store:
+        reports = [(name, transfer.add(store, taken)) for name, taken in found]
+    _tell(reports, as_json)
+
+
+@click.command("freeze")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@as_json_option
+@guarded
+def freeze_command(file: Path, as_json: bool) -> None:
+    """Write a read-only snapshot of the database to FILE, to ship with a job: SPARSEK_TUNE_CACHE=FILE.
+
+    Every process that reads it gets the same configs on the same kind of GPU. Prints its SHA-256. An existing FILE is
+    never replaced.
+    """
+    from sparsek_tune.db import transfer
+    from sparsek_tune.db.reader import default_path
+
+    digest = transfer.freeze(default_path(), file)
+    if as_json:
+        print_json(file=str(file), sha256=digest)
+    else:
+        click.echo(f"{digest}  {file}")
+
+
+def _tell(reports: list[tuple[str, Report]], as_json: bool) -> None:
+    from sparsek_tune.display import table
+
+    if as_json:
+        print_json(sources=[{"source": name, **_document(report)} for name, report in reports])
+        return
+    table("", ("from", "added", "known", "served anew", "conflicts"), [
+        (name, r.added, r.known, r.winners, len(r.conflicts)) for name, r in reports
+    ])  # fmt: skip
+    conflicts = [c for _, report in reports for c in report.conflicts]
+    if conflicts:
+        header = ("device", "kernel", "problem", "served", "speed-up", "not served", "speed-up")
+        table(
+            "Two configs won the same problem",
+            header,
+            [(c.device, c.template, str(c.problem), *c[3:]) for c in conflicts],
+        )
+
+
+def _document(report: Report) -> dict[str, Any]:
+    conflicts = [{**c._asdict(), "problem": c.problem._asdict()} for c in report.conflicts]
+    return {**report._asdict(), "conflicts": conflicts}
+
+
+COMMANDS = (export_command, import_command, merge_command, freeze_command)

@@ -1,0 +1,317 @@
+"""Records from one database to another: nothing lost, nothing twice, the better evidence served, bad files refused."""
+
+import copy
+import io
+import itertools
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+from database import CONFIG, DEVICE, OK, PROBLEM, TEMPLATE, add, count, execute, make, unprivileged
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsek_tune.db import reader, records, transfer
+from sparsek_tune.db.errors import CorruptError, DatabaseError, MissingError
+from sparsek_tune.db.store import Measured, Store
+from sparsek_tune.kernel_templates.base import Config
+
+
+def exported(path):
+    with Store(path, read_only=True) as store:
+        return transfer.export(store)
+
+
+def taken(path, found):
+    with Store(path) as store:
+        return transfer.add(store, found)
+
+
+def text(found):
+    file = io.StringIO()
+    assert records.write(file, found) == len(found)
+    return file.getvalue()
+
+
+def parsed(words):
+    return records.read(io.StringIO(words), "shared.jsonl")
+
+
+def a_race(path, config, default_ms, tuned_ms, result=OK, device=DEVICE):
+    """A database with one winner."""
+    with Store(path) as store:
+        store.set_winner(add(store, result, config=config, device=device), default_ms, tuned_ms)
+    return exported(path)
+
+
+A, B, C = Config(BLOCK=16, STAGES=1), Config(BLOCK=32, STAGES=2), Config(BLOCK=64, STAGES=3)
+
+
+def served(path):
+    with Store(path, read_only=True) as store:
+        return [(w.config, w.default_ms, w.tuned_ms, w.static) for w in store.winners()]
+
+
+def test_a_file_of_records_gives_the_database_back(path, tmp_path):
+    with Store(path) as store:
+        run = store.start_run("sparsek-tune run --effort quick")
+        store.set_winner(add(store, run=run), 0.3, 0.2)
+        add(store, Measured("wrong", reason="error 0.3 in \u00e4\u2028\n"), run, B)
+        store.finish_run(run)
+        add(store, Measured("static", 1.5), config=A, device=replace(DEVICE, name="target cuda:90"))
+    other = tmp_path / "other.db"
+    report = taken(other, parsed(text(exported(path))))
+    assert report == transfer.Report(3, 0, 1, ())
+    assert exported(other) == exported(path) and served(other) == served(path)
+    with Store(other) as store:
+        (first, second) = store.measurements(DEVICE, TEMPLATE, PROBLEM)
+        assert (first.config, first.result) == (CONFIG, OK) and second.result.status == "wrong"
+
+
+def test_what_is_there_is_passed_over(path, tmp_path):
+    found = exported(make(path))
+    assert taken(path, found) == transfer.Report(0, 1, 0, ())
+    other = tmp_path / "other.db"
+    assert [taken(other, found)[:2] for _ in range(3)] == [(1, 0), (0, 1), (0, 1)]
+    assert count(other) == 1 and exported(other) == found
+
+
+def test_a_run_that_was_exported_while_it_ran_gets_its_end(path, tmp_path):
+    with Store(path) as store:
+        run = store.start_run("sparsek-tune run")
+        add(store, run=run)
+        early = transfer.export(store)
+        store.finish_run(run, "interrupted")
+    other = tmp_path / "other.db"
+    taken(other, early)
+    taken(other, exported(path))
+    taken(other, early)
+    assert execute(other, "SELECT outcome, finished_at IS NULL FROM run") == [("interrupted", 0)]
+
+
+def test_the_higher_speed_up_is_served_and_the_conflict_told(path, tmp_path):
+    a_race(path, A, 0.30, 0.25)
+    better, worse = a_race(tmp_path / "b.db", B, 0.30, 0.20), a_race(tmp_path / "c.db", C, 0.30, 0.29)
+    (conflict,) = taken(path, better).conflicts
+    assert conflict.served == B.key and conflict.other == A.key and conflict.problem == PROBLEM._replace(k=0)
+    assert (conflict.served_speedup, conflict.other_speedup) == pytest.approx((1.5, 1.2))
+    report = taken(path, worse)
+    assert report.winners == 0 and report.conflicts[0][3:5] == (B.key, pytest.approx(1.5))
+    assert served(path) == [(B.key, 0.30, 0.20, False)] and count(path) == 3
+
+
+def test_one_config_that_won_twice_is_no_conflict(path, tmp_path):
+    a_race(path, A, 0.3, 0.25)
+    report = taken(path, a_race(tmp_path / "b.db", A, 0.3, 0.2))
+    assert report == transfer.Report(1, 0, 1, ()) and served(path) == [(A.key, 0.3, 0.2, False)]
+
+
+def test_measured_stands_before_static(path, tmp_path):
+    a_race(path, A, None, None, Measured("static", 0.001))
+    taken(path, a_race(tmp_path / "b.db", B, 0.3, 0.3))
+    assert served(path) == [(B.key, 0.3, 0.3, False)]
+    taken(path, a_race(tmp_path / "c.db", C, 9.0, 1.0, Measured("static", 0.001)))
+    assert served(path) == [(B.key, 0.3, 0.3, False)]
+
+
+def test_an_older_copy_does_not_bring_an_earlier_winner_back(path):
+    old = a_race(path, A, 0.3, 0.2)
+    with Store(path) as store:  # raced again: the first race had flattered it
+        store.set_winner(add(store, config=B), 0.3, 0.29)
+    taken(path, old)
+    assert served(path) == [(B.key, 0.3, 0.29, False)]
+
+
+RACES = st.tuples(
+    st.sampled_from([A, B, C]), st.sampled_from([0.2, 0.25, 0.3]), st.sampled_from([0.002, 0.02]), st.booleans()
+)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(RACES, min_size=2, max_size=3))
+def test_the_order_of_files_does_not_matter(tmp_path_factory, races):
+    folder = tmp_path_factory.mktemp("order")
+    files = []
+    for i, (config, tuned, width, static) in enumerate(races):
+        result = Measured("static" if static else "ok", tuned, tuned - width / 2, tuned + width / 2, 9)
+        files.append(a_race(folder / f"{i}.db", config, 0.3, tuned, result))
+    ends = set()
+    for i, order in enumerate(itertools.permutations(files)):
+        for found in order:
+            taken(folder / f"end{i}.db", found)
+        ends.add(tuple(served(folder / f"end{i}.db")))
+    assert len(ends) == 1
+
+
+def test_a_failure_in_the_middle_takes_nothing(path, tmp_path):
+    found = exported(make(tmp_path / "other.db"))
+    bad = copy.deepcopy(found[0]) | {"created_at": "2026-01-01T00:00:00.000000+00:00", "samples": 1 << 70}
+    with pytest.raises((DatabaseError, OverflowError)):
+        taken(path, [*found, bad])
+    assert count(path) == 0 and execute(path, "SELECT count(*) FROM run") == [(0,)]
+
+
+# --- files that are not right
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    return exported(make(tmp_path_factory.mktemp("record") / "cache.db"))[0]
+
+
+def test_the_record_itself_is_right(record):
+    assert parsed(text([record])) == [record]
+
+
+CHANGES = {
+    "no time": ({"median_ms": None, "ci_low_ms": None, "ci_high_ms": None}, "median_ms: must be a time"),
+    "a time below zero": ({"median_ms": -1.0}, r"\$\.median_ms: -1.0 is less"),
+    "text for a time": ({"median_ms": "0.2"}, r"\$\.median_ms"),
+    "an interval without the median": ({"ci_low_ms": 0.5}, "must ascend"),
+    "a failure with times": ({"status": "wrong", "winner": None}, "neither times nor won"),
+    "a failure that won": ({"status": "wrong", "median_ms": None, "ci_low_ms": None, "ci_high_ms": None}, "nor won"),
+    "an unknown status": ({"status": "fast"}, r"\$\.status"),
+    "one field more": ({"exec": "rm"}, "exec"),
+    "a float for a count": ({"samples": 1.0}, r"\$\.samples"),
+    "true for a count": ({"samples": True}, r"\$\.samples"),
+    "a count beyond 64 bits": ({"samples": 1 << 63}, r"\$\.samples"),
+    "a config with a list": ({"config": {"BLOCK": [1]}}, r"\$\.config\.BLOCK"),
+    "an empty config": ({"config": {}}, r"\$\.config"),
+    "no day": ({"created_at": "2026-13-45T00:00:00.000000+00:00"}, "month must be in"),
+    "no time of day": ({"created_at": "yesterday"}, r"\$\.created_at"),
+    "a text without end": ({"reason": "x" * 9000}, r"\$\.reason"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_a_record_may_not_hold(record, name):
+    change, words = CHANGES[name]
+    lines = text([record, record | change])
+    with pytest.raises(records.RecordError, match=rf"shared\.jsonl, line 3: .*{words}.*nothing was taken"):
+        parsed(lines)
+
+
+@pytest.mark.parametrize("missing", ["device", "template", "problem", "config", "run", "winner", "protocol"])
+def test_what_a_record_must_hold(record, missing):
+    with pytest.raises(records.RecordError, match=f"line 2: .*'{missing}' is a required property"):
+        parsed(text([{k: v for k, v in record.items() if k != missing}]))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"format"', "Expecting"),
+        ("", "Expecting|is empty"),
+        ("[" * 100_000, "nested too deeply|Expecting"),
+        ('{"a": NaN}', "NaN is no JSON number"),
+        ('{"a": 1, "a": 2}', "stands twice"),
+        ('"' + "x" * records.LONGEST + '"', "is longer than"),
+        ("17", "17 is not of type 'object'"),
+        ('{"a": ' + "9" * 5000 + "}", "Exceeds the limit|integer string"),
+    ],
+)
+def test_lines_that_are_no_records(line, words):
+    with pytest.raises(records.RecordError, match=words):
+        parsed(json.dumps(records.HEADER) + "\n" + line + "\n")
+
+
+def test_the_first_line_says_what_the_file_is(record):
+    with pytest.raises(records.RecordError, match="line 1: must be the header"):
+        parsed(json.dumps(record) + "\n")
+    with pytest.raises(records.RecordError, match="version must be 1, but is 2: upgrade"):
+        parsed(json.dumps(records.HEADER | {"version": 2}) + "\n")
+    with pytest.raises(records.RecordError, match="is empty"):
+        parsed("")
+    assert parsed(json.dumps(records.HEADER)) == []
+
+
+def test_the_schema_is_one_and_covers_the_header():
+    from jsonschema import Draft202012Validator
+
+    schema = json.loads(records.SCHEMA.read_text())
+    Draft202012Validator.check_schema(schema)
+    Draft202012Validator(schema).validate(records.HEADER)
+
+
+# --- snapshots
+
+
+def test_a_snapshot_serves_what_the_database_serves(path, tmp_path):
+    found = exported(make(path))
+    frozen = tmp_path / "job.db"
+    digest = transfer.freeze(path, frozen)
+    assert len(digest) == 64 and os.stat(frozen).st_mode & 0o777 == 0o444
+    assert exported(frozen) == found and execute(frozen, "PRAGMA journal_mode") == [("delete",)]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(("job", ".job"))) == ["job.db"]
+    make(path)
+    assert exported(frozen) == found  # stays as it was
+
+
+def test_a_snapshot_in_a_directory_that_may_not_be_written(path, shared_dir):
+    transfer.freeze(make(path), shared_dir / "job.db")
+    shared_dir.chmod(0o555)
+    loaded = unprivileged(lambda: len(reader.load(shared_dir / "job.db", "cuda", 90).entries))
+    assert loaded == 1
+
+
+def test_a_snapshot_is_never_replaced_and_needs_a_source(path, tmp_path):
+    make(path)
+    target = tmp_path / "there"
+    target.write_text("mine")
+    with pytest.raises(DatabaseError, match="exists already"):
+        transfer.freeze(path, target)
+    assert target.read_text() == "mine"
+    with pytest.raises(MissingError):
+        transfer.freeze(tmp_path / "none.db", tmp_path / "job.db")
+    with pytest.raises(DatabaseError, match="cannot be written"):
+        transfer.freeze(path, tmp_path / "no" / "job.db")
+    damaged = tmp_path / "damaged.db"
+    damaged.write_bytes(path.read_bytes()[:100] + b"\xff" * 8000)
+    with pytest.raises(CorruptError, match=r"damaged\.db"):
+        transfer.freeze(damaged, tmp_path / "job.db")
+    assert not (tmp_path / "job.db").exists()
+
+
+def test_a_snapshot_while_another_process_writes(path, tmp_path):
+    make(path)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        other.execute("INSERT INTO config (key) VALUES ('half done')")
+        transfer.freeze(path, tmp_path / "job.db")
+        other.execute("ROLLBACK")
+    assert execute(tmp_path / "job.db", "SELECT key FROM config") == [(CONFIG.key,)]
+
+
+def test_ranks_of_a_job_resolve_alike(path, tmp_path):
+    """Two ranks under torchrun, no word between them, one snapshot."""
+    from sparsek_tune.kernel_templates import TEMPLATES
+    from sparsek_tune.problem import Problem, target_device
+
+    problem, device = Problem.of("bf16", 128, 4, "kv", 1024, 0, 16384, 8), replace(target_device("cuda:90"), name="GPU")
+    with Store(path) as store:
+        for name, warps in (("forward", 8), ("dq", 8)):
+            t = TEMPLATES[name]
+            config = Config({**t.default(problem, device), "num_warps": warps})
+            store.set_winner(store.record(device, t, problem, config, OK, store.start_run("test")), 0.3, 0.2)
+    transfer.freeze(path, tmp_path / "job.db")
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import json, os\nfrom dataclasses import replace\nfrom pathlib import Path\n"
+        "from sparsek_tune.dispatch import resolve\n"
+        "from sparsek_tune.problem import Problem, target_device\n"
+        f"plan = resolve(Problem{tuple(problem)}, replace(target_device('cuda:90'), name='GPU'))\n"
+        "found = {n: (r.grade, r.config, r.reason) for n, r in plan.items()}\n"
+        "Path(f\"{__file__}.{os.environ['RANK']}\").write_text(json.dumps(found))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    env = {**os.environ, "SPARSEK_TUNE_CACHE": str(tmp_path / "job.db")}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    one, two = ((tmp_path / f"rank.py.{rank}").read_text() for rank in (0, 1))
+    assert one == two
+    assert json.loads(one)["forward"][0] == "exact" and json.loads(one)["forward"][1]["num_warps"] == 8

@@ -1,0 +1,122 @@
+"""The commands export, import, merge and freeze."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+from database import OK, add, count, make
+
+from sparsek_tune import cli
+from sparsek_tune.db.store import Store
+from sparsek_tune.kernel_templates.base import Config
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    path = tmp_path / "cache.db"
+    monkeypatch.setenv("SPARSEK_TUNE_CACHE", str(path))
+    return path
+
+
+def invoke(*args, **options):
+    return CliRunner().invoke(cli.main, [str(a) for a in args], **options)
+
+
+def test_there_and_back_by_file_and_by_pipe(cache, tmp_path, monkeypatch):
+    make(cache)
+    file = tmp_path / "shared.jsonl"
+    result = invoke("export", file)
+    assert result.exit_code == 0 and "1 records written" in result.stderr and not result.stdout
+    piped = invoke("export", "-")
+    assert piped.stdout == file.read_text() and len(piped.stdout.splitlines()) == 2
+    for other, args, options in (("a", [file], {}), ("b", ["-"], {"input": piped.stdout}), ("c", [file, file], {})):
+        monkeypatch.setenv("SPARSEK_TUNE_CACHE", str(tmp_path / other))
+        result = invoke("import", *args, "--json", **options)
+        assert result.exit_code == 0, result.output
+        sources = json.loads(result.stdout)["sources"]
+        assert [(s["added"], s["known"], s["winners"]) for s in sources] == [(1, 0, 1), (0, 1, 0)][: len(args)]
+        assert count(tmp_path / other) == 1
+
+
+def test_conflicts_are_shown(cache, tmp_path):
+    make(cache)
+    other = tmp_path / "other.db"
+    with Store(other) as store:
+        store.set_winner(add(store, config=Config(BLOCK=16, STAGES=1)), 0.3, 0.1)
+    result = invoke("merge", other)
+    assert result.exit_code == 0 and "Two configs won the same problem" in result.stdout
+    assert "3.000" in result.stdout and "1.500" in result.stdout
+    assert count(cache) == 2 and count(other) == 1
+    again = json.loads(invoke("merge", other, "--json").stdout)
+    assert again["sources"] == [{"source": str(other), "added": 0, "known": 1, "winners": 0, "conflicts": []}]
+
+
+def test_a_bad_file_among_good_ones_changes_nothing(cache, tmp_path):
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    make(tmp_path / "other.db")
+    os.environ["SPARSEK_TUNE_CACHE"] = str(tmp_path / "other.db")  # the fixture puts it back
+    assert invoke("export", good).exit_code == 0
+    os.environ["SPARSEK_TUNE_CACHE"] = str(cache)
+    bad.write_text(good.read_text() + '{"half of a')
+    result = invoke("import", good, bad, "--json")
+    assert result.exit_code == 4 and not cache.exists()
+    assert f"{bad}, line 3" in json.loads(result.stdout)["error"] and json.loads(result.stdout)["exit_code"] == 4
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\xfe\x00")
+    assert f"{binary}, line 1" in invoke("import", binary).stderr
+
+
+def test_what_is_missing_is_named(cache, tmp_path):
+    assert invoke("export", tmp_path / "x").exit_code == 4 and not (tmp_path / "x").exists()
+    assert invoke("freeze", tmp_path / "x").exit_code == 4
+    missing = invoke("import", tmp_path / "none.jsonl")
+    assert missing.exit_code == 2 and "none.jsonl" in missing.stderr
+    assert invoke("merge", tmp_path / "none.db").exit_code == 2
+    make(cache)
+    result = invoke("export", tmp_path / "no" / "x")
+    assert result.exit_code == 1 and "cannot be written: No such file or directory" in result.stderr
+
+
+def test_an_export_that_fails_leaves_the_file_before(cache, tmp_path, monkeypatch):
+    make(cache)
+    file = tmp_path / "shared.jsonl"
+    file.write_text("before")
+    monkeypatch.setattr("sparsek_tune.db.records.write", lambda out, found: out.write("x") and 1 / 0)
+    assert invoke("export", file).exit_code == 1
+    assert file.read_text() == "before" and sorted(p.name for p in tmp_path.glob("*shared*")) == ["shared.jsonl"]
+
+
+def test_a_full_disk(cache, tmp_path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    make(cache)
+    done = subprocess.run(
+        f"{sys.executable} -m sparsek_tune.cli export - > /dev/full", shell=True, capture_output=True, text=True
+    )
+    assert done.returncode != 0 and "No space left" in done.stderr
+
+
+def test_a_frozen_database_is_served(cache, tmp_path, monkeypatch):
+    make(cache)
+    result = invoke("freeze", tmp_path / "job.db")
+    assert result.exit_code == 0 and result.stdout.split()[1] == str(tmp_path / "job.db")
+    monkeypatch.setenv("SPARSEK_TUNE_CACHE", str(tmp_path / "job.db"))
+    shown = json.loads(invoke("show", "--json").stdout)["entries"]
+    assert shown[0]["winner"]["config"] == {"BLOCK": 64, "STAGES": 2}
+    again = invoke("freeze", tmp_path / "job.db", "--json")
+    assert again.exit_code == 4 and "exists already" in json.loads(again.stdout)["error"]
+
+
+def test_the_winners_of_an_import_are_served(cache, tmp_path):
+    """Also one of another machine, as near."""
+    file = tmp_path / "shared.jsonl"
+    with Store(cache) as store:
+        store.set_winner(add(store, OK), 0.3, 0.2)
+    invoke("export", file)
+    cache.rename(tmp_path / "away.db")
+    assert invoke("import", file).exit_code == 0
+    with Store(cache, read_only=True) as store, Store(tmp_path / "away.db", read_only=True) as away:
+        assert store.winners() == away.winners() != []
