@@ -24,7 +24,7 @@ from sparsek_tune.bench.cases import PEERS, Case
 from sparsek_tune.command import BROKEN, INTERRUPTED, NO_GPU, NOTHING, Fault, as_json_option, guarded, print_json
 from sparsek_tune.presets import MODELS, Shape
 from sparsek_tune.presets import shapes as all_shapes
-from sparsek_tune.problem import Device, current_device, target_device
+from sparsek_tune.problem import Device, Problem, current_device, target_device
 from sparsek_tune.tune.types import EFFORTS
 
 if TYPE_CHECKING:
@@ -104,6 +104,14 @@ def main() -> None:
 
 @main.command()
 @_shape_options
+@click.option(
+    "--captured",
+    "captures",
+    multiple=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Problems that a program had (SPARSEK_TUNE_CAPTURE=FILE), most time first; repeatable.",
+)
 @click.option("--effort", type=click.Choice(list(EFFORTS)), default="default", show_default=True, help="Search length.")
 @click.option("--budget", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Wall time of the run.")
 @target_option
@@ -111,8 +119,8 @@ def main() -> None:
 @as_json_option
 @guarded
 def run(
-    models: tuple[str, ...], texts: tuple[str, ...], effort: str, budget: float | None, target: str | None,
-    index: int | None, as_json: bool,
+    models: tuple[str, ...], texts: tuple[str, ...], captures: tuple[Path, ...], effort: str, budget: float | None,
+    target: str | None, index: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Tune every kernel for the given shapes and store the winners.
 
@@ -124,7 +132,7 @@ def run(
     from sparsek_tune.display import progress
     from sparsek_tune.tune import tune
 
-    wanted = _shapes(models, texts)
+    problems = _problems(models, texts, captures)
     if target is not None and index is not None:
         raise click.UsageError("--target and --device exclude each other")
     device = None if target else _gpu(index)
@@ -132,7 +140,6 @@ def run(
         target = target or "cuda:90"
         _target(target)
         click.echo(f"No GPU is used: static tuning for {target} (compiled and verified, not timed).", err=True)
-    problems = list(dict.fromkeys(s.problem for s in wanted))
     with Store() as store:
         where = device.name if device else target
         click.echo(f"{len(problems)} problem(s) on {where}; database {store.path}", err=True)
@@ -154,6 +161,28 @@ def run(
         raise Fault("no kernel has a working config", NOTHING, **report)
     if as_json:
         print_json(**report)
+
+
+def _problems(models: tuple[str, ...], texts: tuple[str, ...], captures: tuple[Path, ...]) -> list[Problem]:
+    """What was captured, most time first, then the shapes that are named; the default shape where there is nothing."""
+    found: dict[Problem, dict[str, int]] = {}
+    for file in captures:
+        from sparsek_tune import captured
+
+        try:
+            counted = captured.read(file)
+        except (ValueError, OSError) as error:
+            raise click.BadParameter(str(error), param_hint="--captured") from error
+        for problem, counts in counted.items():
+            found[problem] = {kind: n + found.get(problem, {}).get(kind, 0) for kind, n in counts.items()}
+    if captures and not found:
+        raise click.BadParameter("nothing was captured in " + ", ".join(map(str, captures)), param_hint="--captured")
+    named = [s.problem for s in _shapes(models, texts)] if models or texts or not captures else []
+    if not found:
+        return list(dict.fromkeys(named))
+    from sparsek_tune.tune.static import busiest_first
+
+    return list(dict.fromkeys([*busiest_first(found), *named]))
 
 
 def _table(rows: Sequence[Row]) -> None:

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._triton import has_triton_package
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from . import reference
+from . import captured, reference
 from .arguments import (
     DTYPE_NAMES,
     autocast_dtypes,
@@ -236,7 +236,10 @@ def _select_anew(call: Any, tensors: tuple[Tensor, ...], k: int, window: int) ->
 def _attention(query, key, value, scores, k, window, scale, gate, wanted=7) -> tuple[Tensor, ...]:
     """wanted: how many of the results; the others are allocated with the workspace."""
     tensors = query, key, value, _single(scores)
-    return _replayed("attention", _attention_anew, tensors, k, window, scale, gate, wanted)
+    results = _replayed("attention", _attention_anew, tensors, k, window, scale, gate, wanted)
+    if captured.active:
+        captured.note(problem_of(query, key, k, window, gate), "forward")
+    return results
 
 
 @torch.no_grad()
@@ -259,6 +262,9 @@ def _attention_anew(call: Any, tensors: tuple[Tensor, ...], k, window, scale, ga
 def _attention_backward(dout, query, key, value, scores, *rest) -> tuple[Tensor, ...]:
     tensors = dout, query, key, value, _single(scores), *rest[:-4]
     dq, dk, dv, du = _replayed("attention_backward", _backward_anew, tensors, *rest[-4:])
+    if captured.active:
+        k, window, _, gate = rest[-4:]
+        captured.note(problem_of(query, key, k, window, gate), "backward")
     return dq, dk, dv, du if du.dtype == scores.dtype else du.to(scores.dtype)
 
 
@@ -385,3 +391,4 @@ for _op in (SELECT, ATTENTION, ATTENTION_BACKWARD):
 if torch.ops.sparsek.attention not in flop_registry:  # a second registration raises
     register_flop_formula(torch.ops.sparsek.attention)(attention_flops)
     register_flop_formula(torch.ops.sparsek.attention_backward)(backward_flops)
+captured.start()

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from concurrent.futures import as_completed
 from typing import TYPE_CHECKING, NamedTuple
 
-from sparsek_tune.kernel_templates.base import Config
-from sparsek_tune.problem import Device
+from sparsek_tune.captured import Counts
+from sparsek_tune.kernel_templates import TEMPLATES
+from sparsek_tune.kernel_templates.base import Config, Template
+from sparsek_tune.problem import Device, Problem, target_device
 from sparsek_tune.tune.channel import WorkerError
 from sparsek_tune.tune.propose import ENUMERABLE, spread
 from sparsek_tune.tune.types import Kernel, Row
@@ -60,13 +62,34 @@ def search(search: Search) -> Row:
     return row._replace(tried=len(configs))  # the store holds what failed and what was verified, not all that compiled
 
 
+def busiest_first(counts: Counts) -> list[Problem]:
+    """Problems by the time that their counted calls take, most first: by the cost models of default configs, for one
+    GPU whatever there is, as only the order matters."""
+    device = target_device("cuda:90")
+
+    def seconds(problem: Problem) -> float:
+        forward, backward = counts[problem]["forward"], counts[problem]["backward"]
+        calls = {
+            "threshold": forward, "schedule": forward + backward, "forward": forward, "dq": backward, "dkv": backward,
+        }  # fmt: skip
+        return sum(
+            calls[t.name] * _roofline(t, t.default(problem, device), problem, device.cc) for t in TEMPLATES.values()
+        )
+
+    return sorted(counts, key=seconds, reverse=True)
+
+
 def cost(search: Search, config: Config, kernels: Sequence[Kernel] = ()) -> float:
     """Seconds by the template's cost model, more where spills or few resident warps slow the kernels down."""
-    flops, bandwidth = _PEAKS[search.run.device.cc]
-    if search.problem.dtype == "fp32":
-        flops /= 16  # IEEE dots run outside the tensor cores
-    seconds = search.template.cost(config, search.problem).seconds(flops, bandwidth)
+    seconds = _roofline(search.template, config, search.problem, search.run.device.cc)
     return seconds * max((_penalty(k, search.run.device) for k in kernels), default=1.0)
+
+
+def _roofline(template: Template, config: Config, problem: Problem, cc: int) -> float:
+    flops, bandwidth = _PEAKS[cc]
+    if problem.dtype == "fp32":
+        flops /= 16  # IEEE dots run outside the tensor cores
+    return template.cost(config, problem).seconds(flops, bandwidth)
 
 
 def _penalty(kernel: Kernel, device: Device) -> float:
