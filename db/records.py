@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from functools import cache
+from math import isfinite
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -65,7 +66,15 @@ def _parse(line: str) -> Any:
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is no JSON number")
 
-    return json.loads(line, parse_constant=refuse, object_pairs_hook=_unique)
+    document = json.loads(line, parse_constant=refuse, parse_float=_finite, object_pairs_hook=_unique)
+    json.dumps(document, ensure_ascii=False).encode()  # half of a surrogate pair is no text: raises ValueError
+    return document
+
+
+def _finite(number: str) -> float:
+    if not isfinite(x := float(number)):
+        raise ValueError(f"{number} is beyond all numbers")
+    return x
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

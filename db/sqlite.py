@@ -37,6 +37,10 @@ def prepare(path: Path) -> None:
         raise ReadOnlyError(
             f"the directory {path.parent} cannot be made ({error.strerror}): set SPARSEK_TUNE_CACHE to another file"
         ) from error
+    if path.exists() and not path.stat().st_mode & 0o222:  # root could write it all the same
+        raise ReadOnlyError(
+            f"the database {path} may only be read: mend the permissions or set SPARSEK_TUNE_CACHE to another file"
+        )
     try:
         connection = connect(path)
         try:

@@ -49,6 +49,8 @@ from sparsek_tune.problem import Device, Problem
 if TYPE_CHECKING:  # the package of the templates imports triton
     from sparsek_tune.kernel_templates.base import Config, Template
 
+TEXT = 8192  # characters of a command or a reason that are kept; exported records hold no more
+
 __all__ = ["DatabaseError", "Measured", "Recorded", "Store", "Summary", "default_path"]
 
 
@@ -145,7 +147,7 @@ class Store:
         """Note that ``command`` began to tune here; returns the run's id for :meth:`record`."""
         with self.session(write=True) as session:
             row = RunRow(
-                command=command, host=socket.gethostname(), pid=os.getpid(), outcome="running", started_at=_now()
+                command=command[:TEXT], host=socket.gethostname(), pid=os.getpid(), outcome="running", started_at=_now()
             )
             session.add(row)
             session.flush()
@@ -171,7 +173,7 @@ class Store:
                 problem_id=row_id(session, ProblemRow, problem.project(template.fields)._asdict()),
                 config_id=row_id(session, ConfigRow, {"key": config.key}),
                 status=result.status,
-                reason=result.reason,
+                reason=result.reason[:TEXT],
                 median_ms=result.median_ms,
                 ci_low_ms=result.ci_low_ms,
                 ci_high_ms=result.ci_high_ms,

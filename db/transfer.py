@@ -6,8 +6,10 @@
 
 Measurements are facts: they are added where they are missing, and none is lost or changed. Of two winners for the same
 fingerprint, kernel source and problem the one with better evidence is served: measured before static, then the higher
-speed-up over the default in the race that it won, then the narrower interval, then the later. A winner whose
-measurement is already here has been weighed, by the tuner or by an earlier import, and does not compete again.
+speed-up over the default in the race that it won, then the narrower interval, then the later: a total order, so among
+measurements that are new here it does not matter which comes first. The winner of a measurement that is already here
+has been weighed, by the tuner or by an earlier import, and competes only where nothing is served yet: an old copy must
+not bring back what a later race replaced.
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ import json
 import os
 import sqlite3
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sqlalchemy import select
+from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
 from sparsek_tune.db import reader
@@ -91,7 +93,7 @@ def _record(m: MeasurementRow, run: RunRow, device: Any, template: Any, problem:
 
 
 def add(store: Store, records: Iterable[Record]) -> Report:
-    """Add records as :func:`sparsek_tune.db.records.read` or :func:`export` give them, all or, on any error, none.
+    """Add records as :func:`sparsek_tune.db.records.read` gives them, all or, on any error, none.
 
     In one transaction. Raises DatabaseError.
     """
@@ -99,20 +101,39 @@ def add(store: Store, records: Iterable[Record]) -> Report:
         taking = _Taking(session)
         for record in records:
             taking.take(record)
-        return Report(taking.added, taking.known, len(taking.served), tuple(taking.conflicts))
+        return taking.finish()
+
+
+class _Claim(NamedTuple):
+    """A winner. place: of its measurement in what is added, or minus its id; row: what is stored of it, {} if it is."""
+
+    place: int
+    config: str
+    speedup: float | None
+    strength: tuple[Any, ...]
+    row: dict[str, Any]
+
+
+_Key = tuple[int, int, int]
 
 
 class _Taking:
-    """Adds records within one transaction."""
+    """Collects what is new in records, within one transaction, and adds it at the end."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._ids: dict[tuple[Any, ...], int] = {}
-        self.added = self.known = 0
-        self.served: set[tuple[int, int, int]] = set()
-        self.conflicts: list[Conflict] = []
+        self._ids: dict[Any, int] = {}
+        names = (*(f"{x}_id" for x in ("run", "device", "template", "problem", "config")), "status", "created_at")
+        columns = [getattr(MeasurementRow, name) for name in names]
+        self._known = set(map(tuple, session.execute(select(*columns))))
+        self._runs = {(r.command, r.host, r.pid, r.started_at): r for r in session.scalars(select(RunRow))}
+        self._count = 0
+        self._new: list[dict[str, Any]] = []
+        self._best: dict[_Key, _Claim | None] = {}
+        self._lost: list[tuple[_Key, str, str, Problem, _Claim]] = []
 
     def take(self, record: Record) -> None:
+        self._count += 1
         config = json.dumps(record["config"], sort_keys=True, separators=(",", ":"))
         of = {
             "run_id": self._run(record["run"]),
@@ -121,69 +142,97 @@ class _Taking:
             "problem_id": self._id(ProblemRow, record["problem"]),
             "config_id": self._id(ConfigRow, {"key": config}),
         }
-        same = {**of, "status": record["status"], "created_at": record["created_at"]}
-        if self._session.scalar(select(MeasurementRow.id).filter_by(**same)) is not None:
-            self.known += 1
-            return
-        protocol = json.dumps(record["protocol"], sort_keys=True)
-        row = MeasurementRow(**of, **{name: record[name] for name in _OWN}, protocol=protocol)
-        self._session.add(row)
-        self._session.flush()
-        self.added += 1
-        if record["winner"] is not None:
-            self._compete(row, config, record)
+        identity = (*of.values(), record["status"], record["created_at"])
+        key = (of["device_id"], of["template_id"], of["problem_id"])
+        known = identity in self._known
+        if not known:
+            self._known.add(identity)
+            protocol = json.dumps(record["protocol"], sort_keys=True)
+            self._new.append({**of, **{name: record[name] for name in _OWN}, "protocol": protocol})
+        if record["winner"] is not None and (not known or self._served(key) is None):
+            place = len(self._new) - 1 if not known else self._place(of, record)
+            self._compete(key, place, config, record)
 
-    def _id(self, table: Any, values: dict[str, Any]) -> int:
-        key = (table, *values.values())
+    def finish(self) -> Report:
+        """Add what was collected."""
+        insert_new = insert(MeasurementRow).returning(MeasurementRow.id, sort_by_parameter_order=True)
+        ids = list(self._session.scalars(insert_new, self._new)) if self._new else []
+        anew = {key: claim for key, claim in self._best.items() if claim is not None and claim.row}
+        for (device, template, problem), claim in anew.items():
+            measurement = ids[claim.place] if claim.place >= 0 else -claim.place
+            of = {"device_id": device, "template_id": template, "problem_id": problem, "measurement_id": measurement}
+            self._session.merge(WinnerRow(**of, **claim.row))
+        conflicts = [
+            Conflict(device, template, problem, best.config, best.speedup, lost.config, lost.speedup)
+            for key, device, template, problem, lost in self._lost
+            if (best := self._best[key]) is not None and best.config != lost.config
+        ]
+        return Report(len(self._new), self._count - len(self._new), len(anew), tuple(conflicts))
+
+    def _id(self, table: Any, values: Mapping[str, Any]) -> int:
+        key = (table, *sorted(values.items()))
         if key not in self._ids:
             self._ids[key] = row_id(self._session, table, values)
         return self._ids[key]
 
     def _run(self, run: dict[str, Any]) -> int:
         """The same run may have been exported while it ran: what it ended with is then new, the rest is not."""
-        first = {name: run[name] for name in ("command", "host", "pid", "started_at")}
-        key = (RunRow, *run.values())
-        if key not in self._ids:
-            row = self._session.scalar(select(RunRow).filter_by(**first))
-            if row is None:
-                row = RunRow(**run)
-                self._session.add(row)
-            elif row.outcome == "running":
-                row.outcome, row.finished_at = run["outcome"], run["finished_at"]
+        key = (run["command"], run["host"], run["pid"], run["started_at"])
+        row = self._runs.get(key)
+        if row is None:
+            row = self._runs[key] = RunRow(**run)
+            self._session.add(row)
             self._session.flush()
-            self._ids[key] = row.id
-        return self._ids[key]
+        elif row.outcome == "running":
+            row.outcome, row.finished_at = run["outcome"], run["finished_at"]
+        return row.id
 
-    def _compete(self, row: MeasurementRow, config: str, record: Record) -> None:
-        new = WinnerRow(
-            device_id=row.device_id, template_id=row.template_id, problem_id=row.problem_id, measurement_id=row.id,
-            **record["winner"], static=row.status == "static",
-        )  # fmt: skip
-        key = (row.device_id, row.template_id, row.problem_id)
-        old = self._session.get(WinnerRow, key)
-        served = new
-        if old is not None:
-            before = self._session.get_one(MeasurementRow, old.measurement_id)
-            other = self._session.get_one(ConfigRow, before.config_id).key
-            won = _strength(new, row, config) > _strength(old, before, other)
-            pair = ((config, _speedup(new)), (other, _speedup(old)))
-            if config != other:
-                of = record["device"]["name"], record["template"]["name"], Problem(**record["problem"])
-                self.conflicts.append(Conflict(*of, *pair[not won], *pair[won]))
-            served = new if won else old
-        if served is new:
-            self._session.merge(new)
-            self.served.add(key)
+    def _place(self, of: dict[str, int], record: Record) -> int:
+        """Of a measurement that is known: where it is among the new ones, or its id, negative."""
+        same = {**of, "status": record["status"], "created_at": record["created_at"]}
+        for place, row in enumerate(self._new):
+            if same.items() <= row.items():
+                return place
+        return -self._session.scalars(select(MeasurementRow.id).filter_by(**same)).first()  # type: ignore[operator]
+
+    def _served(self, key: _Key) -> _Claim | None:
+        if key not in self._best:
+            winner = self._session.get(WinnerRow, key)
+            if winner is None:
+                self._best[key] = None
+            else:
+                m = self._session.get_one(MeasurementRow, winner.measurement_id)
+                config = self._session.get_one(ConfigRow, m.config_id).key
+                times = m.median_ms, m.ci_low_ms, m.ci_high_ms
+                race = winner.default_ms, winner.tuned_ms
+                self._best[key] = _claim(-m.id, config, winner.static, race, times, m.created_at, {})
+        return self._best[key]
+
+    def _compete(self, key: _Key, place: int, config: str, record: Record) -> None:
+        race = record["winner"]["default_ms"], record["winner"]["tuned_ms"]
+        times = record["median_ms"], record["ci_low_ms"], record["ci_high_ms"]
+        static = record["status"] == "static"
+        row = {**record["winner"], "static": static}
+        new, old = _claim(place, config, static, race, times, record["created_at"], row), self._served(key)
+        won = old is None or new.strength > old.strength
+        if won:
+            self._best[key] = new
+        if (lost := old if won else new) is not None:
+            of = record["device"]["name"], record["template"]["name"], Problem(**record["problem"])
+            self._lost.append((key, *of, lost))
 
 
-def _speedup(winner: WinnerRow) -> float | None:
-    return winner.default_ms / winner.tuned_ms if winner.default_ms and winner.tuned_ms else None
-
-
-def _strength(winner: WinnerRow, m: MeasurementRow, config: str) -> tuple[Any, ...]:
-    """Of two winners the one with more of this is served: a total order, so it does not matter which came first."""
-    width = (m.ci_high_ms - m.ci_low_ms) / m.median_ms if m.ci_low_ms and m.ci_high_ms and m.median_ms else 1e9
-    return not winner.static, _speedup(winner) or 0.0, -width, m.created_at, config
+def _claim(
+    place: int, config: str, static: bool, race: tuple[float | None, float | None], times: tuple[float | None, ...],
+    created_at: str, row: dict[str, Any],
+) -> _Claim:  # fmt: skip
+    """strength: of two winners the one with more is served."""
+    default, tuned = race
+    median, low, high = times
+    speedup = default / tuned if default and tuned else None
+    width = (high - low) / median if median and low and high else 1e9
+    strength = (not static, speedup or 0.0, -width, created_at, config, default or 0.0, tuned or 0.0)
+    return _Claim(place, config, speedup, strength, row)
 
 
 def freeze(source: Path, target: Path) -> str:

@@ -123,7 +123,11 @@ class Template:
         """Whether ``config`` names exactly this space's parameters with allowed values."""
         if set(config) != {p.name for p in self.space}:
             return False
-        return all(config[p.name] in p.domain.values for p in self.space)
+        return all(
+            any(x == v and type(x) is type(v) for v in p.domain.values)  # True is not 1 here
+            for p in self.space
+            for x in (config[p.name],)
+        )
 
     @cached_property
     def source_hash(self) -> str:

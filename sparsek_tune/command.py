@@ -48,4 +48,4 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def print_json(**document: Any) -> None:
-    click.echo(json.dumps({"schema": 1, **document}, indent=2))
+    click.echo(json.dumps({"schema": 1, **document}, indent=2, allow_nan=False))

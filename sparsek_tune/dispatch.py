@@ -224,8 +224,11 @@ def _candidates(template: Template, problem: Problem, device: Device, entries: I
     found: list[Candidate] = []
     for entry in entries:
         if entry.template == template.name:
-            why, distance = _mismatch(entry, template, problem, device)
-            why = why or _unusable(entry, template, problem, device)
+            try:
+                why, distance = _mismatch(entry, template, problem, device)
+                why = why or _unusable(entry, template, problem, device)
+            except Exception as error:  # whatever is in a file: the others may serve
+                why, distance = f"not readable ({error})", math.inf
             found.append(Candidate(entry, _grade(entry, distance), distance, why))
     found.sort(key=lambda c: c.entry.config)
     found.sort(key=lambda c: c.entry.created_at, reverse=True)

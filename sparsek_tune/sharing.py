@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,14 @@ from sparsek_tune.command import BROKEN, Fault, as_json_option, guarded, print_j
 from sparsek_tune.files import replacing
 
 if TYPE_CHECKING:
+    from sparsek_tune.db.records import Record
     from sparsek_tune.db.transfer import Report
 
 _FILE = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
 _EXISTING = click.Path(path_type=Path, dir_okay=False, allow_dash=True, exists=True, readable=True)
 _DATABASE = click.Path(path_type=Path, dir_okay=False, exists=True)
 _STDIO = Path("-")
+_SQLITE = b"SQLite format 3\0"
 
 
 @click.command("export")
@@ -38,6 +41,8 @@ def export_command(file: Path) -> None:
         records.write(sys.stdout, found)
         return
     try:
+        if file.is_file() and file.open("rb").read(len(_SQLITE)) == _SQLITE:
+            raise click.BadParameter(f"must not be a database, but {file} is one", param_hint="FILE")
         with replacing(file) as out:
             records.write(out, found)
     except OSError as error:
@@ -62,8 +67,11 @@ def import_command(files: tuple[Path, ...], as_json: bool) -> None:
 
     found = []
     for file in files:
-        with click.open_file(str(file), encoding="utf-8") as opened:
-            found.append((str(file), records.read(opened, str(file))))
+        try:
+            with click.open_file(str(file), encoding="utf-8") as opened:
+                found.append((str(file), records.read(opened, str(file))))
+        except OSError as error:
+            raise Fault(f"{file} cannot be read: {error.strerror}", BROKEN) from error
     with Store() as store:
         reports = [(name, transfer.add(store, taken)) for name, taken in found]
     _tell(reports, as_json)
@@ -78,13 +86,26 @@ def merge_command(databases: tuple[Path, ...], as_json: bool) -> None:
     from sparsek_tune.db import transfer
     from sparsek_tune.db.store import Store
 
-    found = []
-    for path in databases:
-        with Store(path, read_only=True) as other:
-            found.append((str(path), transfer.export(other)))
+    found = [(str(path), _checked(path)) for path in databases]
     with Store() as store:
         reports = [(name, transfer.add(store, taken)) for name, taken in found]
     _tell(reports, as_json)
+
+
+def _checked(path: Path) -> list[Record]:
+    """The records of another database, by the same rules as those of a file: nothing worse gets in."""
+    from sparsek_tune.db import records, transfer
+    from sparsek_tune.db.errors import CorruptError
+    from sparsek_tune.db.store import Store
+
+    text = io.StringIO()
+    with Store(path, read_only=True) as other:
+        try:
+            records.write(text, transfer.export(other))
+        except (ValueError, TypeError) as error:
+            raise CorruptError(f"the database {path} holds what it should not: {error}") from error
+    text.seek(0)
+    return records.read(text, f"the records of {path}")
 
 
 @click.command("freeze")

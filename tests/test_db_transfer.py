@@ -1,6 +1,7 @@
 """Records from one database to another: nothing lost, nothing twice, the better evidence served, bad files refused."""
 
 import copy
+import hashlib
 import io
 import itertools
 import json
@@ -8,6 +9,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 from contextlib import closing
 from dataclasses import replace
 
@@ -17,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsek_tune.db import reader, records, transfer
-from sparsek_tune.db.errors import CorruptError, DatabaseError, MissingError
+from sparsek_tune.db.errors import CorruptError, DatabaseError, MissingError, ReadOnlyError
 from sparsek_tune.db.store import Measured, Store
 from sparsek_tune.kernel_templates.base import Config
 
@@ -156,6 +158,70 @@ def test_a_failure_in_the_middle_takes_nothing(path, tmp_path):
     assert count(path) == 0 and execute(path, "SELECT count(*) FROM run") == [(0,)]
 
 
+def test_a_winner_that_was_chosen_after_the_first_export_is_served(path, tmp_path):
+    with Store(path) as store:
+        m = add(store)
+        early = transfer.export(store)
+        store.set_winner(m, 0.3, 0.2)
+        late = transfer.export(store)
+    for i, order in enumerate(((early, late), (late, early), ([*early, *late],))):
+        for found in order:
+            taken(tmp_path / f"{i}.db", found)
+        assert served(tmp_path / f"{i}.db") == [(CONFIG.key, 0.3, 0.2, False)]
+
+
+def test_the_order_of_fields_does_not_matter(path, tmp_path):
+    record = exported(make(tmp_path / "other.db"))[0]
+    problem = record["problem"] | {"n": 16, "rows": 8}
+    swapped = dict(reversed((problem | {"n": 8, "rows": 16}).items()))
+    others = [
+        record | {"problem": p, "created_at": f"2026-01-01T00:00:00.00000{i}+00:00"}
+        for i, p in enumerate((problem, swapped))
+    ]
+    taken(path, others)
+    assert [(r["problem"]["n"], r["problem"]["rows"]) for r in exported(path)] == [(16, 8), (8, 16)]
+
+
+@pytest.mark.parametrize(
+    ("weaker", "stronger"),
+    [
+        ({"ci_low_ms": 0.1}, {"ci_low_ms": 0.19}),
+        ({"created_at": "2026-01-01T00:00:00.000000+00:00"}, {"created_at": "2026-01-02T00:00:00.000000+00:00"}),
+        ({"ci_low_ms": 0.1, "created_at": "2027-01-02T00:00:00.000000+00:00"}, {"ci_low_ms": 0.19}),
+        ({"winner": {"default_ms": 0.3, "tuned_ms": 0.25}, "ci_low_ms": 0.199}, {}),
+    ],
+)
+@pytest.mark.parametrize("turn", [1, -1])
+def test_what_makes_evidence_better(path, tmp_path, weaker, stronger, turn):
+    base = exported(make(tmp_path / "other.db"))[0] | {"created_at": "2026-01-01T00:00:00.000000+00:00"}
+    two = base | {"config": dict(A)} | weaker, base | {"config": dict(B)} | stronger
+    report = taken(path, two[::turn])
+    assert [w[0] for w in served(path)] == [B.key]
+    assert [(c.served, c.other) for c in report.conflicts] == [(B.key, A.key)]
+
+
+def test_what_tells_measurements_apart(path, tmp_path):
+    base = exported(make(tmp_path / "other.db", winner=False))[0]
+    wrong = {"status": "wrong", "median_ms": None, "ci_low_ms": None, "ci_high_ms": None}
+    others = [base, base | wrong, base | {"run": base["run"] | {"pid": 1}}, base | {"config": dict(A)}, base]
+    assert taken(path, others)[:2] == (4, 1)
+    assert execute(path, "SELECT count(*) FROM run") == [(2,)]
+
+
+def test_a_command_without_end_can_be_exported_and_taken(path, tmp_path):
+    with Store(path) as store:
+        add(store, Measured("wrong", reason="r" * 9000), store.start_run("x" * 9000))
+    assert taken(tmp_path / "other.db", parsed(text(exported(path)))).added == 1
+
+
+def test_many_records_are_quick(path, tmp_path):
+    base = exported(make(tmp_path / "other.db"))[0]
+    many = [base | {"created_at": f"2026-01-01T00:00:00.{i:06}+00:00", "winner": None} for i in range(20000)]
+    begun = time.monotonic()
+    assert taken(path, many).added == 20000 and taken(path, many).known == 20000
+    assert time.monotonic() - begun < 25  # it took minutes when every record was looked up
+
+
 # --- files that are not right
 
 
@@ -168,6 +234,10 @@ def test_the_record_itself_is_right(record):
     assert parsed(text([record])) == [record]
 
 
+RUN = {
+    "command": "", "host": "", "pid": 1, "outcome": "done", "started_at": "2026-01-01T00:00:00.000000+00:00",
+    "finished_at": None,
+}  # fmt: skip
 CHANGES = {
     "no time": ({"median_ms": None, "ci_low_ms": None, "ci_high_ms": None}, "median_ms: must be a time"),
     "a time below zero": ({"median_ms": -1.0}, r"\$\.median_ms: -1.0 is less"),
@@ -183,6 +253,9 @@ CHANGES = {
     "a config with a list": ({"config": {"BLOCK": [1]}}, r"\$\.config\.BLOCK"),
     "an empty config": ({"config": {}}, r"\$\.config"),
     "no day": ({"created_at": "2026-13-45T00:00:00.000000+00:00"}, "month must be in"),
+    "a run on no day": ({"run": {**RUN, "started_at": "2026-02-30T00:00:00.000000+00:00"}}, "day is out of range"),
+    "an end on no day": ({"run": {**RUN, "finished_at": "2026-02-30T00:00:00.000000+00:00"}}, "day is out of range"),
+    "half a character": ({"reason": "\ud800"}, "surrogates not allowed"),
     "no time of day": ({"created_at": "yesterday"}, r"\$\.created_at"),
     "a text without end": ({"reason": "x" * 9000}, r"\$\.reason"),
 }
@@ -210,6 +283,7 @@ def test_what_a_record_must_hold(record, missing):
         ("[" * 100_000, "nested too deeply|Expecting"),
         ('{"a": NaN}', "NaN is no JSON number"),
         ('{"a": 1, "a": 2}', "stands twice"),
+        ('{"a": -1e400}', "beyond all numbers"),
         ('"' + "x" * records.LONGEST + '"', "is longer than"),
         ("17", "17 is not of type 'object'"),
         ('{"a": ' + "9" * 5000 + "}", "Exceeds the limit|integer string"),
@@ -245,10 +319,12 @@ def test_a_snapshot_serves_what_the_database_serves(path, tmp_path):
     found = exported(make(path))
     frozen = tmp_path / "job.db"
     digest = transfer.freeze(path, frozen)
-    assert len(digest) == 64 and os.stat(frozen).st_mode & 0o777 == 0o444
+    assert digest == hashlib.sha256(frozen.read_bytes()).hexdigest() and os.stat(frozen).st_mode & 0o777 == 0o444
     assert exported(frozen) == found and execute(frozen, "PRAGMA journal_mode") == [("delete",)]
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(("job", ".job"))) == ["job.db"]
     make(path)
+    with pytest.raises(ReadOnlyError, match=r"job\.db may only be read"):  # whoever asks
+        Store(frozen)
     assert exported(frozen) == found  # stays as it was
 
 

@@ -290,6 +290,28 @@ def test_every_stored_config_is_explained_best_first(tmp_path):
     }
 
 
+def test_an_entry_that_makes_no_sense_leaves_the_others(monkeypatch):
+    tune(TUNED)
+    real = reader.load
+    strange = (
+        real(None, "cuda", 90).entries[0]._replace(problem=PROBLEM._replace(n="abc"), config='{"BLOCK":32,"WARPS":4}')
+    )
+
+    def load(*args):
+        found = real(*args)
+        return found._replace(entries=(strange, *found.entries))
+
+    monkeypatch.setattr(reader, "load", load)
+    assert resolve().config == TUNED
+    found = dispatch.explain(PROBLEM, GPU, templates={"forward": FORWARD})["forward"]
+    assert [c.refused[:12] for c in found] == ["", "not readable"]
+
+
+def test_true_is_no_number_of_warps():
+    tune(Config(BLOCK=64, WARPS=True))
+    assert resolve().grade == "default"
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_what_is_explained_first_is_what_serves(seed):
     g = random.Random(seed)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from click.testing import CliRunner
-from database import OK, add, count, make
+from database import OK, add, count, execute, make
 
 from sparsek_tune import cli
 from sparsek_tune.db.store import Store
@@ -120,3 +120,46 @@ def test_the_winners_of_an_import_are_served(cache, tmp_path):
     assert invoke("import", file).exit_code == 0
     with Store(cache, read_only=True) as store, Store(tmp_path / "away.db", read_only=True) as away:
         assert store.winners() == away.winners() != []
+
+
+def test_an_export_onto_a_database_a_link_or_a_pipe(cache, tmp_path):
+    make(cache)
+    before = cache.read_bytes()
+    link, pipe = tmp_path / "link.jsonl", tmp_path / "pipe"
+    for target in (cache, tmp_path / "alias"):
+        if target != cache:
+            target.symlink_to(cache)
+        result = invoke("export", target)
+        assert result.exit_code == 2 and "must not be a database" in result.stderr
+    assert cache.read_bytes() == before
+    link.symlink_to(tmp_path / "real.jsonl")
+    assert invoke("export", link).exit_code == 0 and link.is_symlink()
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True)
+    assert invoke("export", pipe).exit_code == 0 and pipe.is_fifo()
+    assert reader.communicate(timeout=20)[0] == (tmp_path / "real.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE problem SET n = 'abc'",
+        "UPDATE config SET key = '[1]'",
+        "UPDATE config SET key = 'no JSON'",
+        "UPDATE winner SET tuned_ms = -1",
+        "UPDATE winner SET tuned_ms = 9e999",
+        "UPDATE device SET cc = x'00'",
+    ],
+)
+def test_a_hostile_database_is_not_merged(cache, tmp_path, change):
+    make(cache)
+    other = make(tmp_path / "other.db")
+    execute(other, change)
+    result = invoke("merge", other, "--json")
+    assert result.exit_code == 4 and "other.db" in json.loads(result.stdout)["error"]
+    assert count(cache) == 1
+
+
+def test_a_file_that_cannot_be_read(cache):
+    result = invoke("import", "/proc/self/mem", "--json")
+    assert result.exit_code == 1 and "cannot be read" in json.loads(result.stdout)["error"]
