@@ -136,6 +136,11 @@ def load_shipped(kind: str, cc: int | None, directory: Path | None = None) -> Wi
     return Winners(tuple(entries), "; ".join(faults), broken=bool(faults))
 
 
+def config_key(config: dict[str, Any]) -> str:
+    """``Config(config).key``, without the templates, whose package imports triton."""
+    return json.dumps(config, sort_keys=True, separators=(",", ":"))
+
+
 def parse(document: dict[str, Any]) -> list[Entry]:
     """The entries of one shipped document (:func:`load_shipped`). Raises ValueError, KeyError or TypeError."""
     if document["format"] != 1:
@@ -147,7 +152,7 @@ def parse(document: dict[str, Any]) -> list[Entry]:
             source_hash=w["source_hash"],
             device=device,
             problem=Problem(**w["problem"]),
-            config=json.dumps(dict(w["config"]), sort_keys=True, separators=(",", ":")),
+            config=config_key(dict(w["config"])),
             default_ms=w["default_ms"],
             tuned_ms=w["tuned_ms"],
             static=bool(w["static"]),

@@ -134,7 +134,7 @@ class _Taking:
 
     def take(self, record: Record) -> None:
         self._count += 1
-        config = json.dumps(record["config"], sort_keys=True, separators=(",", ":"))
+        config = reader.config_key(record["config"])
         of = {
             "run_id": self._run(record["run"]),
             "device_id": self._id(DeviceRow, record["device"]),

@@ -82,6 +82,11 @@ class Cost:
         return max(self.flops / peak_flops, self.bytes / peak_bytes) + 3e-6 * self.launches
 
 
+def _is_one_of(x: Any, values: tuple[Value, ...]) -> bool:
+    """Whether ``x`` is among ``values``, where True is not 1."""
+    return any(x == v and type(x) is type(v) for v in values)
+
+
 @dataclass(frozen=True)
 class Template:
     """A kernel family.
@@ -123,11 +128,7 @@ class Template:
         """Whether ``config`` names exactly this space's parameters with allowed values."""
         if set(config) != {p.name for p in self.space}:
             return False
-        return all(
-            any(x == v and type(x) is type(v) for v in p.domain.values)  # True is not 1 here
-            for p in self.space
-            for x in (config[p.name],)
-        )
+        return all(_is_one_of(config[p.name], p.domain.values) for p in self.space)
 
     @cached_property
     def source_hash(self) -> str:

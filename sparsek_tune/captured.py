@@ -16,7 +16,7 @@ import os
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,16 @@ def read(path: Path) -> dict[Problem, dict[str, int]]:
         raise ValueError(f"{path} is no file of captured problems: {words}") from error
 
 
+def merged(several: Iterable[Counts]) -> dict[Problem, dict[str, int]]:
+    """The sum of what was counted in several places."""
+    total: Counter[tuple[Problem, str]] = Counter()
+    for counts in several:
+        for problem, passes in counts.items():
+            for kind, count in passes.items():
+                total[problem, kind] += count
+    return _by_problem(total)
+
+
 def _problem(fields: Any) -> Problem:
     problem = Problem(**fields)
     numbers = problem.d, problem.g, problem.k, problem.w, problem.n, problem.rows
@@ -146,12 +156,8 @@ def _add(path: Path, more: Counter[tuple[Problem, str]]) -> None:
             import fcntl
 
             fcntl.flock(folder, fcntl.LOCK_EX)
-        total = Counter(more)
-        if path.exists():
-            for problem, counts in read(path).items():
-                for kind, count in counts.items():
-                    total[problem, kind] += count
-        entries = [{"problem": p._asdict(), **counts} for p, counts in sorted(_by_problem(total).items())]
+        total = merged([_by_problem(more), *([read(path)] if path.exists() else [])])
+        entries = [{"problem": p._asdict(), **counts} for p, counts in sorted(total.items())]
         with replacing(path) as file:
             json.dump({"format": FORMAT, "version": VERSION, "problems": entries}, file, indent=1)
             file.write("\n")

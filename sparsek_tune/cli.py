@@ -165,16 +165,12 @@ def run(
 
 def _problems(models: tuple[str, ...], texts: tuple[str, ...], captures: tuple[Path, ...]) -> list[Problem]:
     """What was captured, most time first, then the shapes that are named; the default shape where there is nothing."""
-    found: dict[Problem, dict[str, int]] = {}
-    for file in captures:
-        from sparsek_tune import captured
+    from sparsek_tune import captured
 
-        try:
-            counted = captured.read(file)
-        except (ValueError, OSError) as error:
-            raise click.BadParameter(str(error), param_hint="--captured") from error
-        for problem, counts in counted.items():
-            found[problem] = {kind: n + found.get(problem, {}).get(kind, 0) for kind, n in counts.items()}
+    try:
+        found = captured.merged(map(captured.read, captures))
+    except (ValueError, OSError) as error:
+        raise click.BadParameter(str(error), param_hint="--captured") from error
     if captures and not found:
         raise click.BadParameter("nothing was captured in " + ", ".join(map(str, captures)), param_hint="--captured")
     named = [s.problem for s in _shapes(models, texts)] if models or texts or not captures else []

@@ -41,13 +41,20 @@ def export_command(file: Path) -> None:
         records.write(sys.stdout, found)
         return
     try:
-        if file.is_file() and file.open("rb").read(len(_SQLITE)) == _SQLITE:
+        if _is_database(file):
             raise click.BadParameter(f"must not be a database, but {file} is one", param_hint="FILE")
         with replacing(file) as out:
             records.write(out, found)
     except OSError as error:
         raise Fault(f"{file} cannot be written: {error.strerror}", BROKEN) from error
     click.echo(f"{len(found)} records written to {file}", err=True)
+
+
+def _is_database(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return opened.read(len(_SQLITE)) == _SQLITE
 
 
 @click.command("import")
@@ -62,8 +69,7 @@ def import_command(files: tuple[Path, ...], as_json: bool) -> None:
     then the higher speed-up over the default in its race) and the other reported. Nothing is run; a config will be
     served only where this version's kernels allow it.
     """
-    from sparsek_tune.db import records, transfer
-    from sparsek_tune.db.store import Store
+    from sparsek_tune.db import records
 
     found = []
     for file in files:
@@ -72,9 +78,7 @@ def import_command(files: tuple[Path, ...], as_json: bool) -> None:
                 found.append((str(file), records.read(opened, str(file))))
         except OSError as error:
             raise Fault(f"{file} cannot be read: {error.strerror}", BROKEN) from error
-    with Store() as store:
-        reports = [(name, transfer.add(store, taken)) for name, taken in found]
-    _tell(reports, as_json)
+    _take(found, as_json)
 
 
 @click.command("merge")
@@ -83,13 +87,7 @@ def import_command(files: tuple[Path, ...], as_json: bool) -> None:
 @guarded
 def merge_command(databases: tuple[Path, ...], as_json: bool) -> None:
     """Add all that other DATABASES hold to this one, by the rules of import. The others are only read."""
-    from sparsek_tune.db import transfer
-    from sparsek_tune.db.store import Store
-
-    found = [(str(path), _checked(path)) for path in databases]
-    with Store() as store:
-        reports = [(name, transfer.add(store, taken)) for name, taken in found]
-    _tell(reports, as_json)
+    _take([(str(path), _checked(path)) for path in databases], as_json)
 
 
 def _checked(path: Path) -> list[Record]:
@@ -128,9 +126,14 @@ def freeze_command(file: Path, as_json: bool) -> None:
         click.echo(f"{digest}  {file}")
 
 
-def _tell(reports: list[tuple[str, Report]], as_json: bool) -> None:
+def _take(found: list[tuple[str, list[Record]]], as_json: bool) -> None:
+    """Add the records of each source to the database, and tell what came of it."""
+    from sparsek_tune.db import transfer
+    from sparsek_tune.db.store import Store
     from sparsek_tune.display import table
 
+    with Store() as store:
+        reports = [(name, transfer.add(store, records)) for name, records in found]
     if as_json:
         print_json(sources=[{"source": name, **_document(report)} for name, report in reports])
         return
