@@ -99,7 +99,7 @@ def explain(
     is not refused is what :func:`resolve` serves. Arguments as there."""
     stored = _read(device, path, shipped, anywhere=True)
     templates = _templates() if templates is None else templates
-    return {name: _candidates(t, problem, device, stored.entries) for name, t in templates.items()}
+    return {name: candidates(t, problem, device, stored.entries) for name, t in templates.items()}
 
 
 # --- the hot path: process-wide, because backward passes run on threads of PyTorch's own
@@ -209,7 +209,7 @@ def _plan(problem: Problem, device: Device, stored: Winners, templates: Mapping[
 
 
 def _choose(template: Template, problem: Problem, device: Device, stored: Winners) -> Resolution:
-    found = _candidates(template, problem, device, stored.entries)
+    found = candidates(template, problem, device, stored.entries)
     for entry, grade, distance, refused in found:
         if not refused:
             reason = _sentence(entry, grade, distance, template, problem, device)
@@ -219,7 +219,7 @@ def _choose(template: Template, problem: Problem, device: Device, stored: Winner
     return Resolution(template.default(problem, device), "default", _apology(refused, stored.reason))
 
 
-def _candidates(template: Template, problem: Problem, device: Device, entries: Iterable[Entry]) -> list[Candidate]:
+def candidates(template: Template, problem: Problem, device: Device, entries: Iterable[Entry]) -> list[Candidate]:
     """Best by grade, distance, fewest version differences, then newest, then config text; refused ones last."""
     found: list[Candidate] = []
     for entry in entries:

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from sparsek_tune.db.reader import Entry
 from sparsek_tune.db.store import Measured, Recorded, Store
 from sparsek_tune.kernel_templates.base import Config, Template
 from sparsek_tune.problem import Device, Problem
 from sparsek_tune.tune.measure import Estimate
 
 INFEASIBLE, WRONG, FAILED = ("infeasible", "compile"), ("wrong",), ("timeout", "runtime")
+
+
+def failed(status: str, reason: str, protocol: Mapping[str, Any]) -> Measured:
+    return Measured(status, reason=reason, protocol=protocol)
+
+
+def timed(e: Estimate, protocol: Mapping[str, Any]) -> Measured:
+    return Measured("ok", e.median, e.low, e.high, e.samples, protocol=protocol)
+
+
+def winner_of(entries: Iterable[Entry], device: Device, template: Template, problem: Problem) -> Entry | None:
+    """Of stored winners the one of this very device, template source and problem, or None."""
+    want = (device, template.name, template.source_hash, problem.project(template.fields))
+    return next((e for e in entries if (e.device, e.template, e.source_hash, e.problem) == want), None)
 
 
 class Ledger:
@@ -22,34 +37,28 @@ class Ledger:
         self.latest: dict[Config, Measured] = {}
         self._ids: dict[Config, int] = {}
         self._last_trial = ""  # when the latest config was timed outside of a race
+        self.best_ms: float | None = None  # of all that were timed
         for row in store.measurements(device, template, problem):
             self._note(row)
 
     def _note(self, row: Recorded) -> None:
-        self.latest[row.config], self._ids[row.config] = row.result, row.id
+        self._ids[row.config] = row.id
+        self._set(row.config, row.result)
         if row.result.status == "ok" and row.result.protocol.get("phase") != "race":
             self._last_trial = row.created_at
 
-    def fail(self, config: Config, status: str, reason: str, protocol: Mapping[str, Any]) -> None:
-        self._add(config, Measured(status, reason=reason, protocol=protocol))
-
-    def ok(self, config: Config, e: Estimate, protocol: Mapping[str, Any]) -> None:
-        self._add(config, Measured("ok", e.median, e.low, e.high, e.samples, protocol=protocol))
-
-    def static(self, config: Config, ms: float, protocol: Mapping[str, Any]) -> None:
-        """A verified config without a GPU; ms: what the cost model says."""
-        self._add(config, Measured("static", ms, protocol=protocol))
+    def add(self, config: Config, result: Measured) -> None:
+        """Record one attempt."""
+        self._ids[config] = self._store.record(*self._key, config, result, self._run)
+        self._set(config, result)
 
     def win(self, config: Config, default_ms: float | None, tuned_ms: float | None) -> None:
         """Serve ``config``, whose latest attempt is ok or static."""
         self._store.set_winner(self._ids[config], default_ms, tuned_ms)
 
-    def winner(self) -> Any | None:
-        """The stored winner (``db.reader.Entry``) of this very device, template source and problem, or None."""
-        device, template, problem = self._key
-        want = (device, template.name, template.source_hash, problem.project(template.fields))
-        entries = (e for e in self._store.winners() if (e.device, e.template, e.source_hash, e.problem) == want)
-        return next(entries, None)
+    def winner(self) -> Entry | None:
+        """The stored winner of this very device, template source and problem."""
+        return winner_of(self._store.winners(), *self._key)
 
     def unraced(self) -> bool:
         """Whether a config was timed after the stored winner's race, as by a run that was stopped before its own."""
@@ -60,6 +69,11 @@ class Ledger:
         """Config to median ms, None for one that gave no time."""
         return {c: m.median_ms if m.status == "ok" else None for c, m in self.latest.items()}
 
+    def time(self, config: Config) -> float | None:
+        """The median (ms) of ``config``; None where it gave none, or was not tried."""
+        result = self.latest.get(config)
+        return result.median_ms if result is not None and result.status == "ok" else None
+
     def ranking(self) -> list[Config]:
         """The timed configs, fastest first."""
         times = {c: ms for c, ms in self.times().items() if ms is not None}
@@ -67,8 +81,13 @@ class Ledger:
 
     def count(self, statuses: tuple[str, ...] = ()) -> int:
         """How many configs ended in one of ``statuses`` (all where empty)."""
-        return sum(1 for m in self.latest.values() if not statuses or m.status in statuses)
+        return sum(m.status in statuses for m in self.latest.values()) if statuses else len(self.latest)
 
-    def _add(self, config: Config, result: Measured) -> None:
-        self._ids[config] = self._store.record(*self._key, config, result, self._run)
+    def _set(self, config: Config, result: Measured) -> None:
+        before = self.time(config)
         self.latest[config] = result
+        now = self.time(config)
+        if before is not None and before == self.best_ms:
+            self.best_ms = min((ms for ms in self.times().values() if ms is not None), default=None)
+        elif now is not None and (self.best_ms is None or now < self.best_ms):
+            self.best_ms = now

@@ -12,11 +12,13 @@ from concurrent.futures import as_completed
 from typing import TYPE_CHECKING, NamedTuple
 
 from sparsek_tune.captured import Counts
+from sparsek_tune.db.store import Measured
 from sparsek_tune.kernel_templates import TEMPLATES
 from sparsek_tune.kernel_templates.base import Config, Template
 from sparsek_tune.problem import Device, Problem, target_device
 from sparsek_tune.tune.channel import WorkerError
 from sparsek_tune.tune.propose import ENUMERABLE, spread
+from sparsek_tune.tune.record import failed
 from sparsek_tune.tune.types import Kernel, Row
 from sparsek_tune.tune.verify import reduced
 
@@ -133,7 +135,7 @@ def _compile(search: Search, configs: list[Config]) -> list[_Ranked]:
         if compiled.status == "ok":
             ranked.append(_Ranked(cost(search, config, compiled.kernels), config, compiled.kernels))
         else:
-            search.ledger.fail(config, compiled.status, compiled.reason, PROTOCOL)
+            search.ledger.add(config, failed(compiled.status, compiled.reason, PROTOCOL))
         search.emit("trial", compiled.reason or compiled.status)
     return ranked
 
@@ -159,9 +161,11 @@ def _first_right(search: Search, ranked: list[_Ranked], candidates: int) -> Conf
         status, reason = _verify(search, r.config)
         protocol = {**PROTOCOL, "kernels": [k._asdict() for k in r.kernels], "candidates": candidates}
         if status == "static":
-            search.ledger.static(r.config, r.seconds * 1e3, protocol)
+            search.ledger.add(
+                r.config, Measured("static", r.seconds * 1e3, protocol=protocol)
+            )  # what the cost model says
             return r.config
-        search.ledger.fail(r.config, status, reason, protocol)
+        search.ledger.add(r.config, failed(status, reason, protocol))
         search.emit("note", f"{status}: {reason}")
     return None
 

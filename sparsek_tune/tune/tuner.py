@@ -6,11 +6,12 @@ import math
 import sys
 import time
 import zlib
-from collections.abc import Iterable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 
-from sparsek_tune.db.store import Store
+from sparsek_tune import dispatch
+from sparsek_tune.db.store import Measured, Store
 from sparsek_tune.kernel_templates import TEMPLATES
 from sparsek_tune.kernel_templates.base import Config, Template
 from sparsek_tune.problem import Device, Problem, target_device
@@ -20,7 +21,7 @@ from sparsek_tune.tune.channel import WorkerError
 from sparsek_tune.tune.compile import Compiled, CompilePool
 from sparsek_tune.tune.measure import PROTOCOL, Estimate, choose
 from sparsek_tune.tune.propose import Proposals
-from sparsek_tune.tune.record import FAILED, INFEASIBLE, WRONG, Ledger
+from sparsek_tune.tune.record import FAILED, INFEASIBLE, WRONG, Ledger, failed, timed, winner_of
 from sparsek_tune.tune.stage import FACTORY
 from sparsek_tune.tune.types import EFFORTS, Effort, Event, OnEvent, Row, Spec
 
@@ -37,6 +38,7 @@ def tune(
     budget: float | None = None,
     on_event: OnEvent | None = None,
     target: str | None = None,
+    kernels: Collection[str] | None = None,
     seed: int = 0,
     templates: Mapping[str, Template] = TEMPLATES,
     factory: str = FACTORY,
@@ -49,11 +51,13 @@ def tune(
     device = target_device(target) if target is not None else device
     if device is None:
         raise ValueError("device must be given where target is None, but is None")
+    if unknown := sorted(set(kernels or ()) - templates.keys()):
+        raise ValueError(f"kernels must be of {', '.join(templates)}, but names {', '.join(unknown)}")
     run = store.start_run(" ".join(sys.argv))
     outcome = "failed"
     try:
         with Run(device, store, run, templates, EFFORTS[effort], budget, on_event, seed, factory) as state:
-            rows = state.tune(list(problems))
+            rows = state.tune(list(problems), [t for t in templates.values() if not kernels or t.name in kernels])
         outcome = "done"
         return rows
     except KeyboardInterrupt:
@@ -81,25 +85,28 @@ class Run:
         self.device, self.templates, self.effort, self.seed = device, templates, effort, seed
         self._store, self._run, self._on_event = store, run, on_event
         self.end = math.inf if budget is None else time.monotonic() + budget
-        self._best: dict[tuple[str, Problem], Config] = {}
         self._compiled: set[Problem] = set()
         self.pool = CompilePool(factory, timeout=effort.timeout)
         self.bench = Bench(factory, "interpret" if device.static else "measure", effort.timeout)
+        # One thread, for one measuring process: the GPU works on while results are recorded and configs proposed.
+        self.judge = ThreadPoolExecutor(1, thread_name_prefix="judge")
         self.verified: dict[tuple[str, Config, Problem], tuple[str, str]] = {}  # of static tuning
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with ExitStack() as stack:  # each, whatever happens to the other
+        with ExitStack() as stack:  # each, whatever happens to the others; the last first
+            stack.callback(self.judge.shutdown)
             stack.callback(self.pool.close)
             stack.callback(self.bench.close)
+            stack.callback(self.judge.shutdown, wait=False, cancel_futures=True)
 
-    def tune(self, problems: list[Problem]) -> list[Row]:
+    def tune(self, problems: list[Problem], templates: list[Template]) -> list[Row]:
         """Tune every distinct (template, projected problem), problem by problem in tuning order."""
         tasks: dict[tuple[str, Problem], tuple[Template, Problem]] = {}
         for problem in problems:
-            for template in self.templates.values():
+            for template in templates:
                 tasks.setdefault((template.name, problem.project(template.fields)), (template, problem))
         rows = []
         for done, (template, problem) in enumerate(tasks.values()):
@@ -108,10 +115,7 @@ class Run:
                 self._say(template, problem, "note", f"the budget is spent: {len(tasks) - done} kernels not tuned")
                 break
             search = Search(self, template, problem, min(self.effort.seconds, left / (len(tasks) - done)))
-            row = static.search(search) if self.device.static else search.go()
-            if row.config is not None:
-                self._best[template.name, row.problem] = row.config
-            rows.append(row)
+            rows.append(static.search(search) if self.device.static else search.go())
         return rows
 
     def compile_defaults(self, problem: Problem) -> None:
@@ -128,14 +132,16 @@ class Run:
     def companions(self, template: Template, problem: Problem) -> dict[str, Config]:
         """The winners so far and the defaults elsewhere; for ``template`` itself the default."""
         found = {t.name: t.default(problem, self.device) for t in self.templates.values()}
+        entries = self._store.winners()
         for t in self.templates.values():
-            if t.name != template.name and (best := self._best.get((t.name, problem.project(t.fields)))) is not None:
-                found[t.name] = best
+            if t.name != template.name and (winner := winner_of(entries, self.device, t, problem)) is not None:
+                found[t.name] = Config.from_key(winner.config)
         return found
 
-    def starts(self, template: Template) -> list[Config]:
-        """Winners of ``template`` at the problems before, latest first."""
-        return [c for (name, _), c in reversed(self._best.items()) if name == template.name][:_STARTS]
+    def starts(self, template: Template, problem: Problem) -> list[Config]:
+        """What is served for ``template`` at the nearest problems, in this database, nearest first."""
+        ranked = dispatch.candidates(template, problem, self.device, self._store.winners())
+        return [Config.from_key(c.entry.config) for c in ranked if not c.refused][:_STARTS]
 
     def ledger(self, template: Template, problem: Problem) -> Ledger:
         return Ledger(self._store, self.device, template, problem, self._run)
@@ -163,20 +169,22 @@ class Search:
         self.total = 0
 
     def go(self) -> Row:
+        first = [self.default, *self.run.starts(self.template, self.problem)]
         proposals = Proposals(
             self.template, self.problem, self.run.device, self.run.effort.trials,
-            known=self.ledger.times(), first=[self.default, *self.run.starts(self.template)], seed=self.seed,
+            known=self.ledger.times(), first=first, seed=self.seed,
         )  # fmt: skip
         self.total = proposals.total
         stored = self.ledger.winner()
         before = self.ledger.count()
         self.emit("start", f"{before} of {self.total} configs known" if before else "")
-        if self.ledger.times().get(self.default) is None:
+        if self.ledger.time(self.default) is None:
             self.run.compile_defaults(self.problem)
-            self._settle(self.default, self.run.pool.submit(self.spec, self.default).result())
+            compiled = self.run.pool.submit(self.spec, self.default).result()
+            self._record(self.default, self.run.judge.submit(self._judge, self.default, compiled).result())
             # What it takes to set everything up is no part of the search, but for the end of the whole run.
             self.end = min(time.monotonic() + self._seconds, self.run.end)
-        if self.ledger.times()[self.default] is None:
+        if self.ledger.time(self.default) is None:
             return self.row(None, None, None, f"the default config does not work: {self._why(self.default)}")
         self._explore(proposals)
         if stored is not None and self.ledger.count() == before and not self.ledger.unraced():  # the old race stands
@@ -184,42 +192,49 @@ class Search:
         return self._race()
 
     def _explore(self, proposals: Proposals) -> None:
-        """Keep the compile pool busy and settle what it delivers, in its order, until the space or the time is over."""
-        pending: dict[Future[Compiled], Config] = {}
+        """Keep the compile pool and the GPU busy and record what they deliver, until the space or the time is over."""
+        compiling: dict[Future[Compiled], Config] = {}
+        judging: dict[Future[Measured], Config] = {}
         while time.monotonic() < self.end:
-            while len(pending) < 2 * self.run.pool.jobs and (config := proposals.ask()) is not None:
+            while len(compiling) + len(judging) < 2 * self.run.pool.jobs and (config := proposals.ask()) is not None:
                 if config == self.default:  # settled first of all
-                    proposals.tell(config, self.ledger.times()[config])
+                    proposals.tell(config, self.ledger.time(config))
                     continue
-                pending[self.run.pool.submit(self.spec, config)] = config
-            if not pending:
+                compiling[self.run.pool.submit(self.spec, config)] = config
+            if not compiling and not judging:
                 return
-            done, _ = wait(pending, timeout=max(0.0, self.end - time.monotonic()), return_when=FIRST_COMPLETED)
-            for future in [f for f in pending if f in done][:1]:
-                config = pending.pop(future)
-                proposals.tell(config, self._settle(config, future.result()))
-        for future in pending:
-            future.cancel()
+            left = max(0.0, self.end - time.monotonic())
+            for future in wait([*judging, *compiling], timeout=left, return_when=FIRST_COMPLETED).done:
+                if future in compiling:
+                    config = compiling.pop(future)
+                    judging[self.run.judge.submit(self._judge, config, future.result())] = config
+                else:
+                    config = judging.pop(future)
+                    proposals.tell(config, self._record(config, future.result()))
+        cancelled = {future for future in (*compiling, *judging) if future.cancel()}
+        for future in judging.keys() - cancelled:  # has begun: what it costs is spent
+            self._record(judging[future], future.result())
 
-    def _settle(self, config: Config, compiled: Compiled) -> float | None:
-        """Verify, time and record one compiled candidate; its median (ms), or None."""
+    def _judge(self, config: Config, compiled: Compiled) -> Measured:
+        """Verify and time one compiled candidate."""
         protocol = {**PROTOCOL, "kernels": [k._asdict() for k in compiled.kernels]}
         if compiled.status != "ok":
-            self.ledger.fail(config, compiled.status, compiled.reason, protocol)
-        else:
-            best = self.ledger.ranking()[:1]
-            hopeless = _HOPELESS * self.ledger.times()[best[0]] if best else math.inf  # type: ignore[operator]
-            bench, seconds = self.run.bench, self.run.effort.sample_seconds
-            try:
-                wrong = bench.verify(self.spec, config)
-                if wrong is not None:
-                    self.ledger.fail(config, "wrong", wrong, protocol)
-                else:
-                    self.ledger.ok(config, bench.measure(self.spec, config, seconds, hopeless), protocol)
-            except WorkerError as error:
-                self.ledger.fail(config, error.status, str(error), protocol)
+            return failed(compiled.status, compiled.reason, protocol)
+        best, bench = self.ledger.best_ms, self.run.bench
+        hopeless = math.inf if best is None else _HOPELESS * best
+        try:
+            wrong = bench.verify(self.spec, config)
+            if wrong is not None:
+                return failed("wrong", wrong, protocol)
+            return timed(bench.measure(self.spec, config, self.run.effort.sample_seconds, hopeless), protocol)
+        except WorkerError as error:
+            return failed(error.status, str(error), protocol)
+
+    def _record(self, config: Config, result: Measured) -> float | None:
+        """Record one attempt; its median (ms), or None."""
+        self.ledger.add(config, result)
         self.emit("trial", self._why(config))
-        return self.ledger.times()[config]
+        return self.ledger.time(config)
 
     def _race(self) -> Row:
         """The default against the fastest others; only one that beats it there replaces it."""
@@ -250,14 +265,14 @@ class Search:
             survivors = [c for c in finalists if c in self._contest([c])]
             return self._contest(survivors) if len(survivors) < len(finalists) else self._contest(survivors[:1])
         for config, result in results.items():
-            self.ledger.ok(config, result, {**PROTOCOL, "phase": "race", "contenders": len(everyone)})
+            self.ledger.add(config, timed(result, {**PROTOCOL, "phase": "race", "contenders": len(everyone)}))
         return results
 
     def _race_once(self, configs: list[Config]) -> list[Estimate]:
         return self.run.bench.race(self.spec, configs, self.run.effort.race_seconds, self.seed)
 
     def _fail(self, config: Config, error: WorkerError) -> None:
-        self.ledger.fail(config, error.status, f"in the race: {error}", PROTOCOL)
+        self.ledger.add(config, failed(error.status, f"in the race: {error}", PROTOCOL))
 
     def _why(self, config: Config) -> str:
         result = self.ledger.latest[config]
@@ -274,7 +289,6 @@ class Search:
         )  # fmt: skip
 
     def emit(self, kind: str, message: str) -> None:
-        times = [ms for ms in self.ledger.times().values() if ms is not None]
-        best = min(times, default=None)
-        total = max(self.total, self.ledger.count())
-        self.run.emit(Event(kind, self.template.name, self.key, self.ledger.count(), total, best, message))
+        done = self.ledger.count()
+        total = max(self.total, done)
+        self.run.emit(Event(kind, self.template.name, self.key, done, total, self.ledger.best_ms, message))

@@ -34,6 +34,7 @@ EFFORTS = {
     "quick": Effort(20, 30.0, 0.05, 3, 0.5, 4, 2),
     "default": Effort(80, 150.0, 0.1, 5, 1.0, 6, 2),
     "full": Effort(400, 900.0, 0.25, 8, 3.0, 48, 6),
+    "exhaustive": Effort(1_000_000, 7 * 86400.0, 0.1, 8, 3.0, 1_000_000, 6),  # the whole space, however long it takes
 }
 
 

@@ -210,6 +210,32 @@ def test_templates_follow_each_other_with_the_winners_before_them(store, monkeyp
     assert seen["two"] == {"one": best, "two": default}
 
 
+def test_named_kernels_alone_are_tuned_beside_what_is_stored_of_the_others(store, monkeypatch):
+    from sparsek_tune.tune.bench import Bench
+
+    seen, real = {}, Bench.race
+
+    def spy(self, spec, *rest):
+        seen[spec.template] = dict(spec.companions)
+        return real(self, spec, *rest)
+
+    monkeypatch.setattr(Bench, "race", spy)
+    one, two = faults.template("one", fields=("n",)), faults.template("two")
+    assert [r.template for r in go(store, one, two, kernels=["one"])] == ["one"]
+    assert [r.template for r in go(store, one, two, kernels=["two"])] == ["two"]
+    assert seen["two"]["one"] == Config(tile=128, fault="none")  # of the first run's race
+
+
+def test_a_search_begins_with_what_won_nearby(store, monkeypatch):
+    t = faults.template(tiles=(16, 2048))
+    (row,) = go(store, t)
+    best = Config(tile=2048, fault="none")
+    assert row.config == best
+    monkeypatch.setitem(EFFORTS, "tiny", dataclasses.replace(TINY, trials=2))
+    (row,) = go(store, t, problems=[faults.PROBLEM._replace(n=2048)])
+    assert row.tried == 2 and row.config == best
+
+
 def test_a_spent_budget_ends_the_run_with_what_there_is(store):
     t = faults.template(tiles=(8, 2048), faults=("none", "hang"))
     problems = [faults.PROBLEM, faults.PROBLEM._replace(n=2048), faults.PROBLEM._replace(n=4096)]
@@ -243,6 +269,7 @@ def test_a_config_that_breaks_the_race_is_dropped(store, monkeypatch):
     [
         ({"effort": "heroic"}, "effort must be one of quick, default, full.*'heroic'"),
         ({"budget": 0.0}, r"budget must be above 0 seconds, but is 0\.0"),
+        ({"kernels": ["fake", "dv", "dk"]}, "kernels must be of fake, but names dk, dv"),
         ({"target": "cuda:1"}, "target must be one of"),
     ],
 )
