@@ -6,8 +6,11 @@ refused with its number, and with it the whole file.
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Iterable, Iterator
+import lzma
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from functools import cache
 from math import isfinite
@@ -19,6 +22,7 @@ from sparsek_tune.db.errors import DatabaseError
 HEADER = {"format": "sparsek-tune-records", "version": 1}
 SCHEMA = Path(__file__).with_name("record.schema.json")
 LONGEST = 1 << 18  # characters of a line
+_DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)  # what a compressed file raises
 
 Record = dict[str, Any]
 
@@ -37,8 +41,15 @@ def write(file: TextIO, records: Iterable[Record]) -> int:
     return count
 
 
+def open_text(path: Path) -> TextIO:
+    """A file of records, opened for :func:`read`; compressed where its name ends in .gz or .xz. Raises OSError."""
+    opener: Callable[..., Any] = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    return opener(path, "rt", encoding="utf-8")
+
+
 def read(file: TextIO, name: str) -> list[Record]:
-    """All records of an open text file. Raises RecordError, which calls it ``name``, for any line that is not right."""
+    """All records of an open text file. Raises RecordError, which calls it ``name``, for any line that is not right;
+    OSError where it cannot be read."""
     records = []
     number = 0
     try:
@@ -47,7 +58,7 @@ def read(file: TextIO, name: str) -> list[Record]:
             _check(document, first=number == 1)
             if number > 1:
                 records.append(document)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, *_DAMAGED) as error:
         words = "is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise RecordError(f"{name}, line {max(number, 1)}: {words}; nothing was taken from the file") from error
     if not number:

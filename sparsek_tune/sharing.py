@@ -62,7 +62,7 @@ def _is_database(file: Path) -> bool:
 @as_json_option
 @guarded
 def import_command(files: tuple[Path, ...], as_json: bool) -> None:
-    """Add the records of FILES (- for stdin), written by export, to the database.
+    """Add the records of FILES (- for stdin), written by export, to the database; .gz and .xz files are unpacked.
 
     A file is checked as a whole before anything is written, and taken in one transaction. What is there already is
     passed over. Where two configs won the same problem, the one with better evidence is served (measured before static,
@@ -74,7 +74,7 @@ def import_command(files: tuple[Path, ...], as_json: bool) -> None:
     found = []
     for file in files:
         try:
-            with click.open_file(str(file), encoding="utf-8") as opened:
+            with click.open_file("-", encoding="utf-8") if file == _STDIO else records.open_text(file) as opened:
                 found.append((str(file), records.read(opened, str(file))))
         except OSError as error:
             raise Fault(f"{file} cannot be read: {error.strerror}", BROKEN) from error

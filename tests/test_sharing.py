@@ -1,6 +1,8 @@
 """The commands export, import, merge and freeze."""
 
+import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -39,6 +41,22 @@ def test_there_and_back_by_file_and_by_pipe(cache, tmp_path, monkeypatch):
         sources = json.loads(result.stdout)["sources"]
         assert [(s["added"], s["known"], s["winners"]) for s in sources] == [(1, 0, 1), (0, 1, 0)][: len(args)]
         assert count(tmp_path / other) == 1
+
+
+@pytest.mark.parametrize(("ending", "pack"), [(".gz", gzip.compress), (".xz", lzma.compress)])
+def test_packed_files_and_damaged_ones(cache, tmp_path, monkeypatch, ending, pack):
+    make(cache)
+    text = invoke("export", "-").stdout.encode()
+    file, other, packed = tmp_path / f"shared.jsonl{ending}", tmp_path / "other.db", pack(text)
+    monkeypatch.setenv("SPARSEK_TUNE_CACHE", str(other))
+    Store(other)
+    for damaged in (packed[: len(packed) // 2], packed[:40] + b"damage" + packed[46:], text, b""):
+        file.write_bytes(damaged)
+        result = invoke("import", file)
+        assert result.exit_code == 4 and file.name in result.stderr, result.output
+        assert count(other) == 0
+    file.write_bytes(packed)
+    assert invoke("import", file).exit_code == 0 and count(other) == 1
 
 
 def test_conflicts_are_shown(cache, tmp_path):
