@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from sparsek_tune.kernel_templates.base import Config
 from sparsek_tune.tune.channel import Worker
 from sparsek_tune.tune.measure import Estimate, measure, race
-from sparsek_tune.tune.stage import StageCache
+from sparsek_tune.tune.stage import Stage, StageCache
 from sparsek_tune.tune.types import Spec
 
 PREPARE_TIMEOUT = 300.0  # seconds: inputs, companions, reference results
@@ -23,14 +24,25 @@ class BenchService:
         self._stages.get(spec)
 
     def verify(self, spec: Spec, config: Config) -> str | None:
-        return self._stages.get(spec).verify(config)
+        with self._stage(spec) as stage:
+            return stage.verify(config)
 
     def measure(self, spec: Spec, config: Config, seconds: float, hopeless_ms: float) -> Estimate:
-        return measure(self._stages.get(spec).sampler(config), seconds, hopeless_ms)
+        with self._stage(spec) as stage:
+            return measure(stage.sampler(config), seconds, hopeless_ms)
 
     def race(self, spec: Spec, configs: Sequence[Config], seconds: float, seed: int) -> list[Estimate]:
+        with self._stage(spec) as stage:
+            return race([stage.sampler(config) for config in configs], seconds, seed)
+
+    @contextmanager
+    def _stage(self, spec: Spec) -> Iterator[Stage]:
+        """The stage; what candidates share must be the same at the end, however the block ends."""
         stage = self._stages.get(spec)
-        return race([stage.sampler(config) for config in configs], seconds, seed)
+        try:
+            yield stage
+        finally:
+            stage.check()
 
 
 class Bench:

@@ -32,6 +32,8 @@ def classify(error: BaseException) -> tuple[str, bool]:
         return "infeasible", False
     if name in ("CompilationError", "CompileTimeAssertionFailure", "PTXASError", "UnsupportedLanguageConstruct"):
         return "compile", False
+    if name == "MemoryCorrupted":
+        return "wrong", True
     out_of_memory = isinstance(error, MemoryError) or name == "OutOfMemoryError" or "out of memory" in text
     return "runtime", out_of_memory or _STICKY.search(text) is not None
 

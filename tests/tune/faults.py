@@ -75,6 +75,9 @@ class Stage:
                 os.write(1, b"\x01\x02\x03 raw garbage\n")
         return None
 
+    def check(self):
+        pass
+
     def sampler(self, config):
         match config["fault"]:
             case "hang":
