@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from sparsek_tune.kernel_templates.base import Config
-from sparsek_tune.tune.channel import Worker
+from sparsek_tune.tune.channel import MachineError, Worker, WorkerError
 from sparsek_tune.tune.measure import Estimate, measure, race
 from sparsek_tune.tune.stage import Stage, StageCache
 from sparsek_tune.tune.types import Spec
@@ -46,9 +46,9 @@ class BenchService:
 
 
 class Bench:
-    """The parent's side of :class:`BenchService`, in one worker process. Every call may raise ``channel.WorkerError``;
-    the next one finds a fresh process where that was needed. mode: "measure" or "interpret". timeout: seconds
-    to verify one candidate, and to time it on top of the sampling itself."""
+    """The parent's side of :class:`BenchService`, in one worker process. Every call may raise ``channel.WorkerError``,
+    and the next one finds a fresh process where that was needed; or ``channel.MachineError``. mode: "measure" or
+    "interpret". timeout: seconds to verify one candidate, and to time it on top of the sampling itself."""
 
     def __init__(self, factory: str, mode: str = "measure", timeout: float = 60.0) -> None:
         env = {"TRITON_INTERPRET": "0"}
@@ -56,6 +56,7 @@ class Bench:
             env = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
         self._worker = Worker("sparsek_tune.tune.bench:BenchService", factory, mode, env=env)
         self._timeout = timeout
+        self._ready: Spec | None = None
 
     def __enter__(self) -> Bench:
         return self
@@ -68,7 +69,21 @@ class Bench:
 
     def prepare(self, spec: Spec) -> None:
         """Set the stage up; every other call does so too where it has to."""
-        self._worker.call("prepare", spec, timeout=PREPARE_TIMEOUT)
+        try:
+            self._worker.call("prepare", spec, timeout=PREPARE_TIMEOUT)
+        except WorkerError:
+            if spec != self._ready:  # its default config may be to blame, or a companion
+                raise
+            self._again(spec)
+        self._ready = spec
+
+    def _again(self, spec: Spec) -> None:
+        """What could be set up before, once more in a new process; no candidate is to blame where that fails."""
+        self._worker.kill()
+        try:
+            self._worker.call("prepare", spec, timeout=PREPARE_TIMEOUT)
+        except WorkerError as error:
+            raise MachineError(f"{spec.template} could be measured before, and cannot any more: {error}") from error
 
     def verify(self, spec: Spec, config: Config) -> str | None:
         """Why the candidate's results are wrong, or None."""
