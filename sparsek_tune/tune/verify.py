@@ -89,8 +89,12 @@ def _difference(
         if not torch.equal(infinite, torch.isinf(a)):
             return "-inf at other queries"
         a, b, tolerance = a.masked_fill(infinite, 0), b.masked_fill(infinite, 0), TOLERANCE["fp32"]
-    tolerance = max(TOLERANCE["fp32"], tolerance * _SHARPER.get(name, 1.0))
-    return _too_far(a, b, want.get(f"{name}_inherent"), tolerance)
+    return _too_far(a, b, want.get(f"{name}_inherent"), allowed(name, tolerance))
+
+
+def allowed(name: str, tolerance: float) -> float:
+    """The relative error that the result ``name`` may have where those of the inputs' dtype may have ``tolerance``."""
+    return max(TOLERANCE["fp32"], tolerance * _SHARPER.get(name, 1.0))
 
 
 def _too_far(a: Tensor, b: Tensor, inherent: Tensor | None, tolerance: float) -> str | None:
@@ -107,9 +111,9 @@ def _too_far(a: Tensor, b: Tensor, inherent: Tensor | None, tolerance: float) ->
     off, size = rows(a, b), rows(b)
     spare = torch.zeros_like(size) if inherent is None else _INHERENT * rows(inherent)
     noise = _NOISE * (b.shape[-1] if b.dim() == 4 else 1) ** 0.5
-    error, allowed = norm(off), torch.maximum(tolerance * norm(size), norm(spare)) + noise * off.numel() ** 0.5
-    if not error <= allowed:
-        return f"relative error {float(error / norm(size)):.2e}, at most {float(allowed / norm(size)):.0e} allowed"
+    error, most = norm(off), torch.maximum(tolerance * norm(size), norm(spare)) + noise * off.numel() ** 0.5
+    if not error <= most:
+        return f"relative error {float(error / norm(size)):.2e}, at most {float(most / norm(size)):.0e} allowed"
     size, spare = (x.clamp_min(x.square().mean().sqrt()) for x in (size, spare))
     bad = ~(off <= _ROW * (torch.maximum(tolerance * size, spare) + noise))
     if count := int(bad.sum()):

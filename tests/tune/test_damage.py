@@ -13,7 +13,7 @@ from damage import MEMORY, TOLERATED, WRONG, Call
 
 from sparsek_tune.db.store import Store
 from sparsek_tune.kernel_templates.base import Choice, Config, Cost, Param, Pow2, Template
-from sparsek_tune.tune import EFFORTS, types
+from sparsek_tune.tune import EFFORTS, sample, types
 from sparsek_tune.tune import stages as module
 from sparsek_tune.tune.bench import Bench
 from sparsek_tune.tune.redzone import MemoryCorrupted
@@ -109,6 +109,23 @@ def test_what_goes_wrong_at_the_timed_length_alone_is_caught(stages, name):
     assert reason is not None and reason.startswith("n=512, against the default config: ")
 
 
+SAMPLED = {
+    "two heads are swapped": "out", "the gate is left out of the logits": "out", "lse is off by a hundredth": "lse",
+    "delta is left out": "dq", "one head of dq is not scaled": "dq", "the last row of dq is not written": "dq",
+    "one head of the group is left out": "dk", "dv lacks the window": "dv",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_a_default_that_goes_wrong_at_the_timed_length_alone_is_caught_by_a_sample(monkeypatch, name):
+    """What all others are compared with is wrong itself: it must not turn the right ones into wrong ones, and win."""
+    by_reference.install(monkeypatch.setattr)
+    template, default = WRONG[name][0], bad(f"late {name}")
+    stage = Stage(spec(template)._replace(companions={template: default}), "measure")
+    reason = stage.verify(default)
+    assert reason is not None and reason.startswith(f"n=512, a sample: {SAMPLED[name]}: ")
+
+
 @pytest.mark.parametrize("late", ["", "late "])
 @pytest.mark.parametrize("name", [n for n in MEMORY if n.startswith("writes") and "input" not in n])
 def test_a_write_out_of_bounds_is_caught_at_both_lengths(stages, name, late):
@@ -172,6 +189,19 @@ def test_without_memory_for_redzones_the_timed_length_is_verified_all_the_same(s
     assert stage.verify(GOOD) is None and sizes[4:] == [module.SIZE, 0]
     sizes.clear()
     assert "against the default config" in stage.verify(bad("late one entry of out is nan"))
+
+
+def test_a_sample_sees_a_wrong_selection(case):
+    call, want = case
+    for change, words in {
+        None: None, "tau": "tau: query", "expiry": "expiry: query", "window": "expiry: query",
+    }.items():  # fmt: skip
+        got = {"tau": want["tau"].float(), "expiry": want["expiry"].int()}
+        if change in got:
+            got[change] += 1 if change == "expiry" else 0.01
+        inputs = call.but(window=call.window - 1) if change == "window" else call
+        reason = sample.difference(inputs, None, got, TOLERANCE["bf16"])
+        assert reason is None if words is None else words in reason
 
 
 # --- in a run, with processes
