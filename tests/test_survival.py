@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -23,6 +24,7 @@ from database import FORK, count, execute, make
 from sparsek_tune import cli
 from sparsek_tune.db import reader
 
+FAULTS = Path(__file__).parents[1] / "docs" / "faults.md"
 PROGRAM = Path(__file__).parent / "tune" / "program.py"
 SLOW = {"tiles": [8, 512], "faults": ["slow"]}  # seven candidates, a fifth of a second each
 
@@ -307,3 +309,16 @@ def test_a_database_that_is_held_for_twenty_seconds_is_waited_for(world):
     assert other.wait(60) == 0, other.stderr.read()
     assert time.monotonic() - start < 29
     world.finish()
+
+
+def test_the_list_of_faults_names_tests_that_exist():
+    """docs/faults.md: `file.py::test_name`, `::test_name` of the same file, with ... or * for the rest of a name."""
+    tests, file, named = Path(__file__).parent, None, 0
+    for path, name in re.findall(r"`([\w/]+\.py)?(?:::(test_\w+?)(?:\.\.\.|\*)?)?`", FAULTS.read_text()):
+        file = path if path and (path.startswith(("test_", "tune/", "gpu/")) and "/redzone" not in path) else file
+        if name:
+            assert re.search(rf"^def {name}", (tests / str(file)).read_text(), re.M), (file, name)
+            named += 1
+        elif path:
+            assert (tests / path).exists() or (tests.parent / "sparsek_tune" / path).exists(), path
+    assert named > 40

@@ -236,7 +236,7 @@ class KernelStage:
         return f"n={self._spec.problem.n}, against the default config: {reason}" if reason else None
 
     def _sampled(self, got: Mapping[str, Tensor]) -> str | None:
-        """Why the default's results at the timed length are wrong, as all others are compared with them; None where they
+        """Why the default's results at the timed length, which all others are compared with, are wrong; None where they
         are right, or memory is too scarce to tell."""
         p, found = self._full, None
         if "dk" in got:
