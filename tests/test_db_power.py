@@ -1,20 +1,19 @@
-"""The process dies before any statement, the power fails in any write, other versions come and go: the file is whole,
-all that was committed is there, what is served was measured, and doing it again gets to where it would have got."""
+"""The process dies before any statement, the power fails in any write: the file is whole, all that was committed is
+there, what is served was measured, and doing it again gets to where it would have got."""
 
 import os
 import shutil
 import signal
 import sqlite3
 import sys
-from contextlib import closing, contextmanager
+from contextlib import closing
 from itertools import count as numbers
 from pathlib import Path
 
 import pytest
-from database import DEVICE, FORK, OK, PROBLEM, TEMPLATE, add, count, execute, make, refusal
+from database import DEVICE, FORK, OK, PROBLEM, TEMPLATE, add, count, execute, make, version
 
-from sparsek_tune.db import errors, reader, records, sqlite, transfer
-from sparsek_tune.db.schema import ConfigRow
+from sparsek_tune.db import reader, records, sqlite, transfer
 from sparsek_tune.db.store import Measured, Store
 from sparsek_tune.files import replacing
 from sparsek_tune.kernel_templates.base import Config
@@ -173,26 +172,6 @@ def test_a_new_file_is_made_whole_or_not_at_all(path):
         assert count(path) == 1 and len(reader.load(path, "cuda", 90).entries) == 1
 
 
-NEXT = """
-CREATE TABLE note (id INTEGER NOT NULL PRIMARY KEY, text TEXT NOT NULL);
-INSERT INTO note (text) SELECT reason FROM measurement;
-ALTER TABLE run ADD COLUMN place TEXT NOT NULL DEFAULT 'here';
-UPDATE run SET place = 'there';
-"""
-
-
-@contextmanager
-def version(number):
-    """This package as it was at schema ``number``, or, where that is the next, as it may become."""
-    patch, scripts = pytest.MonkeyPatch(), {**sqlite.migrations(), reader.SCHEMA_VERSION + 1: NEXT}
-    patch.setattr(sqlite, "migrations", lambda: {n: s for n, s in scripts.items() if n <= number})
-    patch.setattr(reader, "SCHEMA_VERSION", number)
-    try:
-        yield
-    finally:
-        patch.undo()
-
-
 def test_a_migration_is_done_whole_or_not_at_all(base, path):
     newest = reader.SCHEMA_VERSION + 1
     before = state(base)
@@ -343,81 +322,3 @@ def test_a_log_that_was_cut_or_garbled_anywhere_gives_what_was_committed_before(
             assert len(kept) >= 1 + sum(size <= cut for size in sizes[1:]), "all that was in the log by then"
             found.add(len(kept))
     assert found == {1, 2, 3, 4, 5}
-
-
-# --- two versions of the package
-
-
-def test_an_older_version_leaves_a_newer_file_alone(path):
-    with version(reader.SCHEMA_VERSION + 1):
-        make(path)
-    before = path.read_bytes()
-    assert refusal(path)[0] == "NewerSchemaError"
-    found = reader.load(path, "cuda", 90)
-    assert (found.entries, found.broken) == ((), True) and "upgrade sparsek-tune" in found.reason
-    assert path.read_bytes() == before
-    with version(reader.SCHEMA_VERSION + 1), Store(path) as store:
-        assert len(store.winners()) == 1
-
-
-def test_an_older_version_that_has_the_file_open_stops_when_a_newer_one_migrates_it(path):
-    with Store(path) as old:
-        measurement = add(old)
-        with version(reader.SCHEMA_VERSION + 1), Store(path) as new:
-            before = path.read_bytes()
-        for act in (
-            lambda: add(old, run=1), lambda: old.start_run("old"), lambda: old.finish_run(1), old.winners, old.summary,
-            lambda: old.set_winner(measurement), lambda: transfer.add(old, []), lambda: transfer.export(old),
-        ):  # fmt: skip
-            with pytest.raises(errors.NewerSchemaError, match="upgrade sparsek-tune"):
-                act()
-        assert path.read_bytes() == before
-        with version(reader.SCHEMA_VERSION + 1):
-            assert list(known(new).values()) == [measurement], "what the older one recorded is kept"
-            add(new)
-            assert count(path) == 2
-
-
-def test_a_migration_waits_for_what_an_older_version_is_writing(path):
-    make(path)
-
-    def migrate(pipe):  # forked before the lock is taken: it would be taken for the child's own
-        pipe.recv()
-        with version(reader.SCHEMA_VERSION + 1):
-            Store(path)
-
-    ours, theirs = FORK.Pipe()
-    newer = FORK.Process(target=migrate, args=(theirs,))
-    newer.start()
-    with Store(path) as old:
-        with old.session(write=True) as session:
-            session.add(ConfigRow(key=NEW.key))
-            session.flush()
-            ours.send("go")
-            newer.join(0.5)
-            assert newer.is_alive(), "it waits"
-        newer.join(30)
-        assert newer.exitcode == 0
-        with pytest.raises(errors.NewerSchemaError):
-            add(old)
-    assert execute(path, "SELECT count(*) FROM config") == [(2,)]
-
-
-def test_an_older_file_is_brought_up_by_many_at_once(path):
-    """All but one find it done."""
-    make(path)
-
-    def migrate():
-        with version(reader.SCHEMA_VERSION + 1), Store(path) as store:
-            add(store)
-
-    processes = [FORK.Process(target=migrate) for _ in range(6)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [p.exitcode for p in processes] == [0] * 6
-    assert count(path) == 7 and execute(path, "SELECT DISTINCT place FROM run ORDER BY place") == [
-        ("here",),
-        ("there",),
-    ]
