@@ -135,6 +135,8 @@ class Store:
         """One transaction; commits at the end of the block. For the modules of this package."""
         try:
             with Session(self._write if write else self._read) as session, session.begin():
+                # Another process, of a newer version, may have migrated the file since; from here on it has to wait.
+                reader.schema_version(session.connection().connection.driver_connection, self.path)
                 yield session
         except exc.DBAPIError as error:
             if not isinstance(error.orig, sqlite3.Error):

@@ -25,16 +25,20 @@ class Fault(click.ClickException):
 
 
 def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn database errors and Ctrl-C into messages and exit codes; with --json, every error into a document too."""
+    """Turn errors of database and machine and Ctrl-C into messages and exit codes; with --json, every error into a
+    document too."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
         from sparsek_tune.db.errors import DatabaseError
+        from sparsek_tune.tune.channel import MachineError
 
         try:
             return command(*args, **kwargs)
         except DatabaseError as error:
             fault: click.ClickException = Fault(str(error), DATABASE)
+        except MachineError as error:
+            fault = Fault(f"{error}; what was measured is kept, the next run goes on from it", BROKEN)
         except KeyboardInterrupt:
             fault = Fault("interrupted", INTERRUPTED)
         except click.ClickException as error:

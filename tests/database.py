@@ -6,12 +6,12 @@ import shutil
 import sqlite3
 import tempfile
 import traceback
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 
-from sparsek_tune.db import errors
+from sparsek_tune.db import errors, reader, sqlite
 from sparsek_tune.db.store import Measured, Store
 from sparsek_tune.kernel_templates.base import Choice, Config, Cost, Param, Pow2, Template
 from sparsek_tune.problem import Device, Problem
@@ -101,3 +101,23 @@ def refusal(path, act=None):
     except errors.DatabaseError as error:
         return type(error).__name__, str(error)
     return "nothing was raised", ""
+
+
+NEXT = """
+CREATE TABLE note (id INTEGER NOT NULL PRIMARY KEY, text TEXT NOT NULL);
+INSERT INTO note (text) SELECT reason FROM measurement;
+ALTER TABLE run ADD COLUMN place TEXT NOT NULL DEFAULT 'here';
+UPDATE run SET place = 'there';
+"""
+
+
+@contextmanager
+def version(number):
+    """This package as it was at schema ``number``, or, where that is the next, as it may become."""
+    patch, scripts = pytest.MonkeyPatch(), {**sqlite.migrations(), reader.SCHEMA_VERSION + 1: NEXT}
+    patch.setattr(sqlite, "migrations", lambda: {n: s for n, s in scripts.items() if n <= number})
+    patch.setattr(reader, "SCHEMA_VERSION", number)
+    try:
+        yield
+    finally:
+        patch.undo()

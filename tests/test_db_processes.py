@@ -4,39 +4,64 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
-from database import CONFIG, DEVICE, FORK, PROBLEM, TEMPLATE, add, count
+from database import CONFIG, DEVICE, FORK, PROBLEM, TEMPLATE, add, count, execute
 
-from sparsek_tune.db import reader
-from sparsek_tune.db.store import Store
+from sparsek_tune.db import reader, sqlite
+from sparsek_tune.db.store import Measured, Store
 from sparsek_tune.kernel_templates.base import Config
 from sparsek_tune.problem import Device
 
 # --- many processes
 
 
-def write_many(path, start, name):
+def write_many(path, start, number):
+    """Measure and serve; the times of the race tell which measurement won it."""
     start.wait()
     with Store(path) as store:
-        run = store.start_run(name)
-        for i in range(50):
-            store.set_winner(add(store, run=run, config=Config(BLOCK=16, i=i, by=name)), 0.3, 0.2)
+        run = store.start_run(f"writer {number}")
+        for i in range(12):
+            config = Config(BLOCK=16, i=i, by=number)
+            measurement = add(store, run=run, config=config)
+            assert store.set_winner(measurement, 1000.0 + number, 1.0 + i)
+            static = add(store, Measured("static"), run=run, config=config)
+            assert not store.set_winner(static), "nothing static replaces what was measured"
+            failed = add(store, Measured("wrong", reason="nan"), run=run, config=config)
+            with pytest.raises(ValueError, match="is wrong"):
+                store.set_winner(failed)
+        store.finish_run(run)
 
 
-def test_four_processes_that_write_at_once_lose_nothing(path):
-    start = FORK.Barrier(4)
-    processes = [FORK.Process(target=write_many, args=(path, start, f"writer {i}")) for i in range(4)]
+@pytest.mark.parametrize("network", [False, True])
+def test_sixteen_processes_that_write_at_once_lose_nothing(path, monkeypatch, network):
+    monkeypatch.setattr(sqlite, "is_network", lambda path: network)
+    writers, each = 16, 12
+    start = FORK.Barrier(writers)
+    processes = [FORK.Process(target=write_many, args=(path, start, i)) for i in range(writers)]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join()
-    assert [p.exitcode for p in processes] == [0] * 4
-    assert count(path) == 200
+    served = set()
+    while any(process.is_alive() for process in processes):
+        found = reader.load(path, "cuda", 90)
+        assert not found.broken, found.reason
+        served |= {(entry.config, entry.default_ms, entry.tuned_ms, entry.static) for entry in found.entries}
+        time.sleep(0.01)
+    assert [p.exitcode for p in processes] == [0] * writers
+    assert count(path) == writers * each * 3
     with Store(path) as store:
-        found = {m.config for m in store.measurements(DEVICE, TEMPLATE, PROBLEM)}
-        assert len(store.winners()) == 1
-    assert found == {Config(BLOCK=16, i=i, by=f"writer {w}") for i in range(50) for w in range(4)}
+        kept = store.measurements(DEVICE, TEMPLATE, PROBLEM)
+        (winner,) = store.winners()
+    assert len({m.id for m in kept}) == len(kept) == writers * each * 3
+    found = {(m.config["by"], m.config["i"], m.result.status) for m in kept}
+    assert found == {(w, i, s) for w in range(writers) for i in range(each) for s in ("ok", "static", "wrong")}
+    assert execute(path, "SELECT count(*), count(DISTINCT id), count(DISTINCT pid) FROM run") == [(writers,) * 3]
+    assert execute(path, "SELECT DISTINCT outcome FROM run") == [("done",)]
+    served.add((winner.config, winner.default_ms, winner.tuned_ms, winner.static))
+    for key, default_ms, tuned_ms, static in served:  # whoever looked at whatever moment saw one race, not parts of two
+        config = Config.from_key(key)
+        assert (default_ms, tuned_ms, static) == (1000.0 + config["by"], 1.0 + config["i"], False)
 
 
 def write_until_killed(path, pipe):

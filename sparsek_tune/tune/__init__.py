@@ -34,8 +34,9 @@ def tune(
     effort: a name of ``EFFORTS``; budget: wall time of the whole run in seconds; target ("cuda:90"): tune without a GPU
     for that target instead of ``device`` (results are marked static); kernels: names of the templates to tune (None:
     all), the others as stored or by default; on_event is called with each :class:`Event`. Goes on from what the store
-    already holds. Raises ValueError for an unknown effort, target or kernel or a budget <= 0;
-    KeyboardInterrupt passes through after the workers are gone, and everything measured until then is kept.
+    already holds. Raises ValueError for an unknown effort, target or kernel or a budget <= 0. DatabaseError,
+    ``channel.MachineError`` (a full disk, a GPU that is gone: no candidate could go well) and KeyboardInterrupt pass
+    through after the workers are gone, and everything measured until then is kept.
     """
     from sparsek_tune.tune.tuner import tune as run
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from sparsek_tune.kernel_templates.base import Config
-from sparsek_tune.tune.channel import Worker
+from sparsek_tune.tune.channel import MachineError, Worker, WorkerError
 from sparsek_tune.tune.measure import Estimate, measure, race
-from sparsek_tune.tune.stage import StageCache
+from sparsek_tune.tune.stage import Stage, StageCache
 from sparsek_tune.tune.types import Spec
 
 PREPARE_TIMEOUT = 300.0  # seconds: inputs, companions, reference results
@@ -23,20 +24,31 @@ class BenchService:
         self._stages.get(spec)
 
     def verify(self, spec: Spec, config: Config) -> str | None:
-        return self._stages.get(spec).verify(config)
+        with self._stage(spec) as stage:
+            return stage.verify(config)
 
     def measure(self, spec: Spec, config: Config, seconds: float, hopeless_ms: float) -> Estimate:
-        return measure(self._stages.get(spec).sampler(config), seconds, hopeless_ms)
+        with self._stage(spec) as stage:
+            return measure(stage.sampler(config), seconds, hopeless_ms)
 
     def race(self, spec: Spec, configs: Sequence[Config], seconds: float, seed: int) -> list[Estimate]:
+        with self._stage(spec) as stage:
+            return race([stage.sampler(config) for config in configs], seconds, seed)
+
+    @contextmanager
+    def _stage(self, spec: Spec) -> Iterator[Stage]:
+        """The stage; what candidates share must be the same at the end, however the block ends."""
         stage = self._stages.get(spec)
-        return race([stage.sampler(config) for config in configs], seconds, seed)
+        try:
+            yield stage
+        finally:
+            stage.check()
 
 
 class Bench:
-    """The parent's side of :class:`BenchService`, in one worker process. Every call may raise ``channel.WorkerError``;
-    the next one finds a fresh process where that was needed. mode: "measure" or "interpret". timeout: seconds
-    to verify one candidate, and to time it on top of the sampling itself."""
+    """The parent's side of :class:`BenchService`, in one worker process. Every call may raise ``channel.WorkerError``,
+    and the next one finds a fresh process where that was needed; or ``channel.MachineError``. mode: "measure" or
+    "interpret". timeout: seconds to verify one candidate, and to time it on top of the sampling itself."""
 
     def __init__(self, factory: str, mode: str = "measure", timeout: float = 60.0) -> None:
         env = {"TRITON_INTERPRET": "0"}
@@ -44,6 +56,7 @@ class Bench:
             env = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
         self._worker = Worker("sparsek_tune.tune.bench:BenchService", factory, mode, env=env)
         self._timeout = timeout
+        self._ready: Spec | None = None
 
     def __enter__(self) -> Bench:
         return self
@@ -56,7 +69,21 @@ class Bench:
 
     def prepare(self, spec: Spec) -> None:
         """Set the stage up; every other call does so too where it has to."""
-        self._worker.call("prepare", spec, timeout=PREPARE_TIMEOUT)
+        try:
+            self._worker.call("prepare", spec, timeout=PREPARE_TIMEOUT)
+        except WorkerError:
+            if spec != self._ready:  # its default config may be to blame, or a companion
+                raise
+            self._again(spec)
+        self._ready = spec
+
+    def _again(self, spec: Spec) -> None:
+        """What could be set up before, once more in a new process; no candidate is to blame where that fails."""
+        self._worker.kill()
+        try:
+            self._worker.call("prepare", spec, timeout=PREPARE_TIMEOUT)
+        except WorkerError as error:
+            raise MachineError(f"{spec.template} could be measured before, and cannot any more: {error}") from error
 
     def verify(self, spec: Spec, config: Config) -> str | None:
         """Why the candidate's results are wrong, or None."""

@@ -21,12 +21,19 @@ from typing import Any
 
 HEADER = struct.Struct("<Q")
 STARTUP_SECONDS = 180.0  # a cold import of torch and the creation of a CUDA context
+DEATH_SECONDS = 30.0  # a killed process is gone at once, unless it hangs in the GPU's driver
+MACHINE = "machine"  # in place of a status: it was not the candidate
 
 
 class WorkerError(Exception):
     """A call did not give a result. ``status``: the measurement status that the candidate gets."""
 
     status = "runtime"
+
+
+class MachineError(Exception):
+    """Whatever the candidate, it could not have gone well: a full disk, a process that cannot be started, a GPU that is
+    gone. Ends the run, for every further candidate would be taken for a bad one."""
 
 
 class WorkerTimeout(WorkerError):
@@ -75,8 +82,10 @@ class Worker:
         """The result of ``method(*arguments)`` in the worker. timeout: seconds, on top of the start of a new process.
 
         Raises WorkerTimeout, WorkerDied or CallFailed; after the first two, and a fatal CallFailed, the next call gets
-        a new process.
+        a new process. Raises MachineError.
         """
+        if self._process is not None and self._process.poll() is not None:  # died since it answered: not by this call
+            self.kill()
         if self._process is None:
             self._start()
         try:
@@ -88,8 +97,10 @@ class Worker:
         if status == "ok":
             return value
         message, kind, fatal = value
-        if fatal:
+        if fatal or kind == MACHINE:
             self.kill()
+        if kind == MACHINE:
+            raise MachineError(message)
         raise CallFailed(message, kind, fatal)
 
     def close(self) -> None:
@@ -104,7 +115,8 @@ class Worker:
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(DEATH_SECONDS)
         for pipe in (process.stdin, process.stdout):
             with contextlib.suppress(OSError):
                 assert pipe is not None
@@ -117,15 +129,18 @@ class Worker:
         # -P: the user's working directory must not shadow a module. Our own path goes along, so that the worker imports
         # what this process would.
         path = os.pathsep.join(os.path.abspath(p) for p in sys.path)
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "sparsek_tune.tune.worker", self._service],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env={**os.environ, "PYTHONPATH": path, **self._env},
-            start_new_session=True,  # Ctrl-C reaches the parent alone; killpg reaches ptxas too
-        )
+        try:
+            self._log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "sparsek_tune.tune.worker", self._service],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                env={**os.environ, "PYTHONPATH": path, **self._env},
+                start_new_session=True,  # Ctrl-C reaches the parent alone; killpg reaches ptxas too
+            )
+        except OSError as error:
+            raise MachineError(f"a worker process cannot be started: {error}") from error
         try:
             self._send(self._arguments)
             status, value = self._receive(time.monotonic() + STARTUP_SECONDS)
@@ -134,7 +149,8 @@ class Worker:
             raise
         if status != "ok":
             self.kill()
-            raise CallFailed(f"the worker could not start: {value[0]}", value[1], True)
+            message = f"the worker could not start: {value[0]}"
+            raise MachineError(message) if value[1] == MACHINE else CallFailed(message, value[1], True)
 
     def _send(self, message: Any) -> None:
         assert self._process is not None and self._process.stdin is not None

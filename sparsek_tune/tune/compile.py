@@ -46,8 +46,9 @@ def infeasible(kernels: Sequence[Kernel], device: Device) -> str | None:
 
 
 class CompilePool:
-    """Processes that compile candidates; ``submit`` gives a Future of a Compiled, which never holds an exception other
-    than cancellation. factory: "module:function" of the stages; timeout: seconds for all kernels of one candidate."""
+    """Processes that compile candidates; ``submit`` gives a Future of a Compiled, which holds no exception but
+    MachineError and cancellation. factory: "module:function" of the stages; timeout: seconds for all kernels of one
+    candidate."""
 
     def __init__(self, factory: str, jobs: int | None = None, timeout: float = 60.0) -> None:
         self.jobs = jobs or default_jobs()

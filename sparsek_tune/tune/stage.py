@@ -24,7 +24,11 @@ class Stage(Protocol):
         ...
 
     def verify(self, config: Config) -> str | None:
-        """Why the candidate's results are wrong, or None."""
+        """Why the candidate's results are wrong, or None. Raises MemoryCorrupted where it wrote out of its buffers."""
+        ...
+
+    def check(self) -> None:
+        """Raise MemoryCorrupted where a candidate changed what all candidates share."""
         ...
 
     def sampler(self, config: Config) -> Sample:

@@ -6,15 +6,18 @@ The service object comes from the command line and from the first message alone;
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib
 import os
 import pickle
 import re
 import signal
+import subprocess
 import sys
+from functools import partial, partialmethod
 from typing import Any, BinaryIO
 
-from sparsek_tune.tune.channel import HEADER
+from sparsek_tune.tune.channel import HEADER, MACHINE
 
 # After one of these the CUDA context is lost or half dead: the process must go.
 _STICKY = re.compile(
@@ -22,16 +25,23 @@ _STICKY = re.compile(
     r"|invalid program counter|hardware stack error|illegal address|launch timed out|uncorrectable",
     re.IGNORECASE,
 )
+# No disk, no quota, no file descriptors: the next candidate would fare no better.
+_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE}
+_FULL = ("No space left on device", "Disk quota exceeded")  # as programs that were started (ptxas) say it
 _PR_SET_PDEATHSIG = 1
 
 
 def classify(error: BaseException) -> tuple[str, bool]:
-    """(measurement status, whether the process must be replaced) for an exception of a candidate."""
+    """(measurement status or MACHINE, whether the process must be replaced) for an exception of a candidate."""
     name, text = type(error).__name__, str(error)
+    if (isinstance(error, OSError) and error.errno in _MACHINE) or any(words in text for words in _FULL):
+        return MACHINE, True
     if name == "OutOfResources":
         return "infeasible", False
     if name in ("CompilationError", "CompileTimeAssertionFailure", "PTXASError", "UnsupportedLanguageConstruct"):
         return "compile", False
+    if name == "MemoryCorrupted":
+        return "wrong", True
     out_of_memory = isinstance(error, MemoryError) or name == "OutOfMemoryError" or "out of memory" in text
     return "runtime", out_of_memory or _STICKY.search(text) is not None
 
@@ -78,9 +88,11 @@ def _load(name: str) -> Any:
 
 
 def _die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent goes, however it goes."""
+    """Ask the kernel to kill this process when its parent goes, however it goes; and so for what it starts (ptxas)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ask = partial(ctypes.PyDLL(None).prctl, _PR_SET_PDEATHSIG, signal.SIGKILL)
+        ask()
+        subprocess.Popen.__init__ = partialmethod(subprocess.Popen.__init__, preexec_fn=ask)  # type: ignore
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def test_samples_are_what_the_reference_gives(gate, w, k):
     found = ours.Results(want["out"], want["lse"], want["tau"], want["expiry"])
     keys = check.sample_keys(want["expiry"], 3)
     for name, x in check.expected_keys(i, found, keys).items():
-        assert torch.allclose(x, check._at(want[name], keys), rtol=1e-9, atol=1e-9), name
+        assert torch.allclose(x, check.at_positions(want[name], keys), rtol=1e-9, atol=1e-9), name
 
 
 def test_ties_go_to_the_smaller_index():

@@ -13,7 +13,7 @@ import triton.language as tl
 from sparsek_tune import launch, reference
 from sparsek_tune.kernel_templates import dkv
 from sparsek_tune.kernel_templates.base import Config
-from sparsek_tune.tune.verify import poisoned
+from sparsek_tune.tune.redzone import redzones
 
 pytestmark = [
     pytest.mark.interpret,
@@ -65,7 +65,7 @@ def test_keys_of_many_segments(k, w, g, d, gate, block):
     selection = reference.Selection(found[0].float(), *found[1:])
     assert int((selection.expiry[..., 0] - 1 - w).min()) // size >= 2 * dkv.AHEAD.value - 1 - w // size
     tile = Config(BM=16, BN=16, num_warps=4, num_stages=1, registers=255)
-    with poisoned():
+    with redzones() as zones:
         lists = launch.schedule(scores, selection, k, w, Config(SEGMENT=size, BLOCK=64, num_warps=1, registers=64))
         args = query, key, value, scores
         _, delta, gbar = launch.dq(
@@ -75,5 +75,6 @@ def test_keys_of_many_segments(k, w, g, d, gate, block):
             dout, *args, lse.float(), delta, gbar, selection, lists, w, scale, gate,
             Config({**tile, "BLOCK": block, "reduce_warps": 1}),
         )  # fmt: skip
+    zones.check(dict(zip(("dk", "dv", "du"), got, strict=True)))
     for x, y in zip(got, want[1:], strict=True):
         assert (x.double() - y).norm() <= 2e-5 * max(y.norm(), 1e-3 * dout.norm())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 
@@ -40,23 +41,36 @@ def true_ms(config):
     return 16.0 / config["tile"]
 
 
+def log(line):
+    """Note which process does what, for tests that look for it afterwards."""
+    if path := os.environ.get("FAULTS_LOG"):
+        with open(path, "a") as f:
+            f.write(line + "\n")
+
+
 class Stage:
     def __init__(self, spec, mode):
         self.spec, self.mode = spec, mode
 
     def prepare(self):
-        log = os.environ.get("FAULTS_LOG")
-        if log:
-            with open(log, "a") as f:
-                f.write(f"{self.mode} {self.spec.template} {os.getpid()}\n")
+        lost = os.environ.get("FAULTS_LOST")
+        if lost and os.path.exists(lost) and self.mode != "compile":
+            raise RuntimeError("CUDA error: no CUDA-capable device is detected")
+        log(f"{self.mode} {self.spec.template} {os.getpid()}")
 
     def compile(self, config):
         print("garbage of a compiler " * 1000)
-        match config["fault"]:
+        match "" if os.environ.get("FAULTS_HEALED") else config["fault"]:
             case "compile error":
                 raise ValueError("no such instruction")
             case "compile hang":
                 time.sleep(600)
+            case "compile child":
+                child = subprocess.Popen(["sleep", "600"])  # as ptxas
+                log(f"child fake {child.pid}")
+                child.wait()
+            case "compiler on a full disk":
+                raise RuntimeError("ptxas fatal: write failed: No space left on device")
             case "compile crash":
                 os.kill(os.getpid(), signal.SIGABRT)
             case "spills":
@@ -75,10 +89,15 @@ class Stage:
                 os.write(1, b"\x01\x02\x03 raw garbage\n")
         return None
 
+    def check(self):
+        pass
+
     def sampler(self, config):
         match config["fault"]:
             case "hang":
                 time.sleep(600)
+            case "slow":
+                time.sleep(0.2)
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "segfault":
@@ -121,6 +140,16 @@ class Echo:
         with open(path, "w") as f:
             f.write(str(pid))
         time.sleep(600)
+
+    def program(self, path):
+        """Wait for a program, as for ptxas."""
+        child = subprocess.Popen(["sleep", "600"])
+        with open(path, "w") as f:
+            f.write(str(child.pid))
+        child.wait()
+
+    def fail(self, number):
+        raise OSError(number, os.strerror(number))
 
     def unpicklable(self):
         return lambda: None

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import subprocess
 import sys
 import time
 
+import faults
 import pytest
 
-from sparsek_tune.tune.channel import CallFailed, Worker, WorkerDied, WorkerTimeout
+from sparsek_tune.kernel_templates.base import Config
+from sparsek_tune.tune import channel
+from sparsek_tune.tune.bench import Bench
+from sparsek_tune.tune.channel import CallFailed, MachineError, Worker, WorkerDied, WorkerTimeout
+from sparsek_tune.tune.types import Spec
 
 
 @pytest.fixture
@@ -93,3 +100,105 @@ def test_the_working_directory_shadows_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with Worker("faults:Echo") as worker:
         assert worker.call("echo", 5, timeout=30)[0] == 5
+
+
+def test_a_process_that_died_between_two_calls_is_held_against_neither(echo):
+    pid = echo.call("echo", 0, timeout=30)[1]
+    os.kill(pid, signal.SIGKILL)
+    assert gone(pid)
+    value, other, _ = echo.call("echo", 7, timeout=30)
+    assert value == 7 and other != pid
+
+
+def test_what_a_worker_started_dies_with_the_parent_too(tmp_path):
+    """Not the worker alone, as when it ends: ptxas may take minutes, and then nobody waits for it."""
+    note = tmp_path / "pid"
+    code = f"""
+import os, signal, sys, threading, time
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+from sparsek_tune.tune.channel import Worker
+worker = Worker("faults:Echo")
+print(worker.call("echo", 0, timeout=60)[1], flush=True)
+threading.Thread(target=worker.call, args=("program", {str(note)!r}), kwargs=dict(timeout=60), daemon=True).start()
+while not os.path.exists({str(note)!r}) or not open({str(note)!r}).read():
+    time.sleep(0.02)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    out = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=60).stdout
+    assert gone(int(out)) and gone(int(note.read_text()))
+
+
+def test_a_process_that_cannot_be_killed_does_not_hold_the_run_up(echo, monkeypatch):
+    """One that hangs in the driver of a GPU: it dies when the driver lets it."""
+    pid = echo.call("echo", 0, timeout=30)[1]
+    monkeypatch.setattr(channel, "DEATH_SECONDS", 0.2)
+    monkeypatch.setattr(os, "killpg", lambda *_: None)
+    start = time.monotonic()
+    echo.kill()
+    assert time.monotonic() - start < 5 and alive(pid)
+    assert echo.call("echo", 0, timeout=30)[1] != pid
+    monkeypatch.undo()
+    os.killpg(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE])
+def test_a_machine_that_is_at_its_end_is_no_fault_of_the_call(echo, number):
+    pid = echo.call("echo", 0, timeout=30)[1]
+    with pytest.raises(MachineError, match=os.strerror(number)):
+        echo.call("fail", number, timeout=30)
+    assert echo.call("echo", 0, timeout=30)[1] != pid
+    with pytest.raises(CallFailed, match="No such file"):
+        echo.call("fail", errno.ENOENT, timeout=30)
+
+
+def test_a_worker_that_cannot_be_started_is_the_machines_fault(monkeypatch):
+    def refuse(*_, **__):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(channel.subprocess, "Popen", refuse)
+    with Worker("faults:Echo") as worker, pytest.raises(MachineError, match=r"cannot be started.*temporarily"):
+        worker.call("echo", 0, timeout=30)
+
+
+# --- the measuring process
+
+
+SPEC = Spec("fake", faults.PROBLEM, faults.DEVICE, {})
+GOOD = Config(tile=32, fault="none")
+
+
+@pytest.fixture
+def lost(tmp_path, monkeypatch):
+    """The file whose existence takes the GPU away."""
+    monkeypatch.setenv("FAULTS_LOST", str(tmp_path / "lost"))
+    return tmp_path / "lost"
+
+
+def test_what_could_be_set_up_before_and_cannot_any_more_is_held_against_no_candidate(lost):
+    with Bench(faults.FACTORY) as bench:
+        assert bench.verify(SPEC, GOOD) is None
+        lost.touch()
+        assert bench.verify(SPEC, GOOD) is None  # what is set up stays so
+        with pytest.raises(WorkerDied):
+            bench.measure(SPEC, Config(tile=32, fault="kill"), 0.01, 1e9)
+        with pytest.raises(MachineError, match=r"could be measured before, and cannot any more: .*no CUDA-capable"):
+            bench.verify(SPEC, GOOD)
+        lost.unlink()
+        assert bench.verify(SPEC, GOOD) is None
+
+
+def test_what_could_never_be_set_up_may_be_the_candidates_fault(lost):
+    lost.touch()
+    with Bench(faults.FACTORY) as bench, pytest.raises(CallFailed, match="no CUDA-capable"):
+        bench.verify(SPEC, GOOD)
+
+
+def test_a_second_attempt_to_set_up_may_succeed(lost, monkeypatch):
+    """The memory of a process that was killed may be taken for a moment longer."""
+    with Bench(faults.FACTORY) as bench:
+        bench.prepare(SPEC)
+        bench._worker.kill()
+        lost.touch()
+        real = bench._worker.kill
+        monkeypatch.setattr(bench._worker, "kill", lambda: (lost.unlink(missing_ok=True), real())[1])
+        assert bench.verify(SPEC, GOOD) is None
