@@ -9,84 +9,24 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from sparsek_tune import __version__, sharing
+from sparsek_tune import __version__, completion, options, running, sharing
 from sparsek_tune.bench.arguments import bench_options
 from sparsek_tune.bench.cases import PEERS, Case
-from sparsek_tune.command import BROKEN, INTERRUPTED, NO_GPU, NOTHING, Fault, as_json_option, guarded, print_json
-from sparsek_tune.presets import MODELS, Shape
-from sparsek_tune.presets import shapes as all_shapes
-from sparsek_tune.problem import Device, Problem, current_device, target_device
-from sparsek_tune.tune.types import EFFORTS
+from sparsek_tune.command import BROKEN, INTERRUPTED, NO_GPU, Fault, as_json_option, guarded, print_json
+from sparsek_tune.options import device_option, shape_options, target_option
+from sparsek_tune.problem import Device
 
 if TYPE_CHECKING:
     from sparsek_tune.db.store import Summary
     from sparsek_tune.dispatch import Candidate, Plan
-    from sparsek_tune.tune import Row
-
-FIELDS = ",".join(Shape.__dataclass_fields__)
-
-
-def _shape_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    model = click.option(
-        "--model", "models", multiple=True, metavar="NAME", type=click.Choice(list(MODELS)),
-        help=f"Heads and head size of a published model; repeatable. One of: {', '.join(MODELS)}.",
-    )  # fmt: skip
-    shape = click.option(
-        "--shape", "texts", multiple=True, metavar="F=V,...",
-        help=f"Fields of a shape, the rest from --model or the defaults; repeatable. Fields: {FIELDS}. "
-        f"Defaults: {','.join(f'{f}={getattr(Shape(), f)}' for f in Shape.__dataclass_fields__)}.",
-    )  # fmt: skip
-    return model(shape(command))
-
-
-device_option = click.option("--device", "index", type=click.IntRange(0), help="CUDA device index [default: 0].")
-target_option = click.option("--target", metavar="cuda:CC", help="A GPU to be named, not looked at, such as cuda:90.")
-
-
-def _shapes(models: tuple[str, ...], texts: tuple[str, ...]) -> list[Shape]:
-    try:
-        return all_shapes(models, texts)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--shape") from error
-
-
-def _target(target: str) -> Device:
-    try:
-        return target_device(target)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--target") from error
-
-
-def _gpu(index: int | None) -> Device | None:
-    """The GPU, None where there is none and none was asked for. An index that does not exist is an error.
-
-    GPU ``index`` becomes the only one that this process and its workers see: they all speak of GPU 0.
-    """
-    if index is not None:
-        _hide_others(index)
-    try:
-        return current_device()
-    except RuntimeError as error:
-        if index is None:
-            return None
-        raise Fault(f"--device must be the index of a GPU, but is {index}: {error}", NO_GPU) from error
-
-
-def _hide_others(index: int) -> None:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = None if visible is None else [name.strip() for name in visible.split(",") if name.strip()]
-    if names is not None and index >= len(names):
-        raise Fault(f"--device must be below {len(names)} (CUDA_VISIBLE_DEVICES={visible}), but is {index}", NO_GPU)
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(index) if names is None else names[index]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -100,95 +40,6 @@ def main() -> None:
     Exit codes: 0 ok, 1 something is broken (doctor, run, bench), 2 usage, 3 no GPU where one is required, 4 database, 5
     nothing usable found, 130 interrupted.
     """
-
-
-@main.command()
-@_shape_options
-@click.option(
-    "--captured",
-    "captures",
-    multiple=True,
-    metavar="FILE",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Problems that a program had (SPARSEK_TUNE_CAPTURE=FILE), most time first; repeatable.",
-)
-@click.option("--effort", type=click.Choice(list(EFFORTS)), default="default", show_default=True, help="Search length.")
-@click.option("--budget", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Wall time of the run.")
-@target_option
-@device_option
-@as_json_option
-@guarded
-def run(
-    models: tuple[str, ...], texts: tuple[str, ...], captures: tuple[Path, ...], effort: str, budget: float | None,
-    target: str | None, index: int | None, as_json: bool,
-) -> None:  # fmt: skip
-    """Tune every kernel for the given shapes and store the winners.
-
-    Goes on from what earlier runs measured; Ctrl-C keeps what was measured so far. Without a GPU, or with --target,
-    candidates are cross-compiled, verified in Triton's interpreter and ranked by the cost model; such results are
-    marked static and never replace a measured one.
-    """
-    from sparsek_tune.db.store import Store
-    from sparsek_tune.display import progress
-    from sparsek_tune.tune import tune
-
-    problems = _problems(models, texts, captures)
-    if target is not None and index is not None:
-        raise click.UsageError("--target and --device exclude each other")
-    device = None if target else _gpu(index)
-    if device is None:
-        target = target or "cuda:90"
-        _target(target)
-        click.echo(f"No GPU is used: static tuning for {target} (compiled and verified, not timed).", err=True)
-    with Store() as store:
-        where = device.name if device else target
-        click.echo(f"{len(problems)} problem(s) on {where}; database {store.path}", err=True)
-        try:
-            with progress() as show:
-                rows = tune(problems, device, store, effort=effort, budget=budget, on_event=show, target=target)
-        except KeyboardInterrupt:
-            raise Fault("interrupted: what was measured is kept, the next run goes on from it", INTERRUPTED) from None
-    found = device or _target(str(target))
-    report = {
-        "database": str(store.path), "device": found.as_dict(), "static": found.static,
-        "rows": [{**r._asdict(), "problem": r.problem._asdict()} for r in rows],
-    }  # fmt: skip
-    if not as_json:
-        _table(rows)
-    if not rows:
-        raise Fault("no kernel was tuned: the budget is too short", NOTHING, **report)
-    if all(row.config is None for row in rows):
-        raise Fault("no kernel has a working config", NOTHING, **report)
-    if as_json:
-        print_json(**report)
-
-
-def _problems(models: tuple[str, ...], texts: tuple[str, ...], captures: tuple[Path, ...]) -> list[Problem]:
-    """What was captured, most time first, then the shapes that are named; the default shape where there is nothing."""
-    from sparsek_tune import captured
-
-    try:
-        found = captured.merged(map(captured.read, captures))
-    except (ValueError, OSError) as error:
-        raise click.BadParameter(str(error), param_hint="--captured") from error
-    if captures and not found:
-        raise click.BadParameter("nothing was captured in " + ", ".join(map(str, captures)), param_hint="--captured")
-    named = [s.problem for s in _shapes(models, texts)] if models or texts or not captures else []
-    if not found:
-        return list(dict.fromkeys(named))
-    from sparsek_tune.tune.static import busiest_first
-
-    return list(dict.fromkeys([*busiest_first(found), *named]))
-
-
-def _table(rows: Sequence[Row]) -> None:
-    from sparsek_tune.display import table
-
-    header = ("kernel", "problem", "default ms", "tuned ms", "speed-up", "tried", "infeasible", "wrong", "failed")
-    table("", header, [
-        (r.template, str(r.problem), r.default_ms, r.tuned_ms, r.speedup, r.tried, r.infeasible, r.wrong, r.failed)
-        for r in rows
-    ])  # fmt: skip
 
 
 @main.command()
@@ -233,7 +84,7 @@ def _summary(s: Summary) -> dict[str, Any]:
 
 
 @main.command()
-@_shape_options
+@shape_options
 @target_option
 @device_option
 @click.option("--explain", is_flag=True, help="List every stored config of each kernel, and why it does not serve.")
@@ -245,10 +96,10 @@ def resolve(
     """Say which config each kernel gets for the given shapes on this GPU (or --target), its grade and why."""
     from sparsek_tune import dispatch
 
-    wanted = _shapes(models, texts)
+    wanted = options.shapes(models, texts)
     if target is not None and index is not None:
         raise click.UsageError("--target and --device exclude each other")
-    device = _target(target) if target else _gpu(index)
+    device = options.target(target) if target else options.gpu(index)
     if device is None:
         raise Fault("there is no GPU here: name one with --target, such as --target cuda:90", NO_GPU)
     problems = dict.fromkeys(s.problem for s in wanted)
@@ -315,7 +166,7 @@ def doctor(as_json: bool) -> None:
 
 
 @main.command()
-@_shape_options
+@shape_options
 @bench_options
 @device_option
 @guarded
@@ -338,12 +189,12 @@ def bench(
         document, wrong = arguments.earlier(sources), []
     else:
         wanted = arguments.cases_of(models, texts, distributions)
-        options = {"seconds": seconds, "peer_limit": peer_limit, "seed": seed, "backward": backward}
-        options["recorded"] = arguments.recording(recorded, wanted)
-        device = _gpu(index)
+        settings = {"seconds": seconds, "peer_limit": peer_limit, "seed": seed, "backward": backward}
+        settings["recorded"] = arguments.recording(recorded, wanted)
+        device = options.gpu(index)
         if device is None:
             raise Fault("there is no GPU here, and the benchmark needs one", NO_GPU)
-        document = _measure(wanted, device, peers or PEERS, options, json_file)
+        document = _measure(wanted, device, peers or PEERS, settings, json_file)
         wrong = report.failures(document)
     if json_file != arguments.STDOUT:
         report.show(document)
@@ -356,7 +207,7 @@ def bench(
 
 
 def _measure(
-    wanted: Sequence[Case], device: Device, peers: Sequence[str], options: Mapping[str, Any], json_file: Path | None
+    wanted: Sequence[Case], device: Device, peers: Sequence[str], settings: Mapping[str, Any], json_file: Path | None
 ) -> dict[str, Any]:
     """The document of a run; kept up to date in the file, if one is named."""
     from sparsek_tune.bench import arguments, machine, report
@@ -365,7 +216,7 @@ def _measure(
 
     file = None if json_file == arguments.STDOUT else json_file
     save = functools.partial(report.write, file) if file else lambda document: None
-    run = Bench(machine.Cuda(device.l2), device, Settings(**options), functools.partial(click.echo, err=True), save)
+    run = Bench(machine.Cuda(device.l2), device, Settings(**settings), functools.partial(click.echo, err=True), save)
     command = shlex.join(["sparsek-tune", *sys.argv[1:]])
     try:
         return run.run(wanted, [BY_NAME[name] for name in dict.fromkeys(peers) if name != "none"], command)
@@ -376,7 +227,7 @@ def _measure(
         raise Fault(f"{file} cannot be written any more: {error}", BROKEN, **run.document) from error
 
 
-for command in sharing.COMMANDS:
+for command in (*running.COMMANDS, *sharing.COMMANDS, *completion.COMMANDS):
     main.add_command(command)
 
 

@@ -24,25 +24,31 @@ class Fault(click.ClickException):
         self.results = results
 
 
+def fault_of(error: BaseException) -> click.ClickException | None:
+    """What a command ends with after ``error``; None where nobody has foreseen it."""
+    from sparsek_tune.db.errors import DatabaseError
+    from sparsek_tune.tune.channel import MachineError
+
+    if isinstance(error, DatabaseError):
+        return Fault(str(error), DATABASE)
+    if isinstance(error, MachineError):
+        return Fault(f"{error}; what was measured is kept, the next run goes on from it", BROKEN)
+    if isinstance(error, KeyboardInterrupt):
+        return Fault("interrupted", INTERRUPTED)
+    return error if isinstance(error, click.ClickException) else None
+
+
 def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
     """Turn errors of database and machine and Ctrl-C into messages and exit codes; with --json, every error into a
     document too."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
-        from sparsek_tune.db.errors import DatabaseError
-        from sparsek_tune.tune.channel import MachineError
-
         try:
             return command(*args, **kwargs)
-        except DatabaseError as error:
-            fault: click.ClickException = Fault(str(error), DATABASE)
-        except MachineError as error:
-            fault = Fault(f"{error}; what was measured is kept, the next run goes on from it", BROKEN)
-        except KeyboardInterrupt:
-            fault = Fault("interrupted", INTERRUPTED)
-        except click.ClickException as error:
-            fault = error
+        except (Exception, KeyboardInterrupt) as error:
+            if (fault := fault_of(error)) is None:
+                raise
         if kwargs.get("as_json") or kwargs.get("json_file") == Path("-"):
             results = fault.results if isinstance(fault, Fault) else {}
             print_json(**results, error=fault.format_message(), exit_code=fault.exit_code)

@@ -80,14 +80,14 @@ _TARGETS = {
     100: (232448, 148, 126 << 20),
     120: (101376, 170, 96 << 20),
 }
+TARGETS = tuple(f"cuda:{cc}" for cc in _TARGETS)
 
 
 def target_device(target: str) -> Device:
     """The device that ``target`` ("cuda:90") names, without looking at any GPU. Raises ValueError if unknown."""
     kind, _, arch = target.partition(":")
     if kind != "cuda" or not arch.isdigit() or int(arch) not in _TARGETS:
-        known = ", ".join(f"cuda:{cc}" for cc in _TARGETS)
-        raise ValueError(f"target must be one of {known}, but is {target!r}")
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, but is {target!r}")
     smem, sms, l2 = _TARGETS[int(arch)]
     triton, torch = _versions()
     return Device("cuda", int(arch), f"target {target}", sms, smem, l2, triton=triton, torch=torch)

@@ -7,12 +7,11 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 
-from sparsek_tune import cli
+from sparsek_tune import cli, options
 from sparsek_tune.db.store import Measured, Store
 from sparsek_tune.kernel_templates import TEMPLATES
 from sparsek_tune.presets import shapes
 from sparsek_tune.problem import target_device
-from sparsek_tune.tune import EFFORTS, Event, Row
 
 
 @pytest.fixture
@@ -24,26 +23,6 @@ def cache(tmp_path, monkeypatch):
 
 def invoke(*args):
     return CliRunner().invoke(cli.main, list(args))
-
-
-def fake_tune(monkeypatch, rows=(), error=None):
-    """Replace the tuner; returns the list of its calls."""
-    calls = []
-
-    def tune(problems, device, store, **options):
-        calls.append((list(problems), device, options))
-        options["on_event"](Event("done", "forward", calls[0][0][0], 3, 3, 1.5, "a message"))
-        if error:
-            raise error
-        return list(rows)
-
-    monkeypatch.setattr("sparsek_tune.tune.tune", tune)
-    return calls
-
-
-def row(problem, config=None, **changes):
-    values = {"default_ms": 2.0, "tuned_ms": 1.0, "speedup": 2.0, "tried": 9, "infeasible": 3, "wrong": 1, "failed": 0}
-    return Row(problem, "forward", config=config, **{**values, **changes})
 
 
 PROBLEM = shapes(("llama-3.1-8b",), ("n=4096,k=1024",))[0].problem
@@ -60,76 +39,11 @@ def test_help_is_quick():
     assert done.stdout.strip() == ""
 
 
-def test_run_without_gpu_says_so_and_tunes_for_the_target(cache, monkeypatch):
-    monkeypatch.setattr(cli, "_gpu", lambda index: None)
-    calls = fake_tune(monkeypatch, [row(PROBLEM, DEFAULT)])
-    result = invoke("run", "--model", "llama-3.1-8b", "--shape", "n=4096,k=1024", "--shape", "n=8192", "--effort=quick")
-    assert result.exit_code == 0, result.output
-    assert "No GPU is used: static tuning for cuda:90" in result.stderr
-    assert "a message" in result.stderr and "a message" not in result.stdout
-    (problems, device, options) = calls[0]
-    assert [p.n for p in problems] == [4096, 8192] and problems[0] == PROBLEM and device is None
-    assert options["target"] == "cuda:90" and options["effort"] == "quick"
-    assert all(word in result.stdout for word in ("forward", "2.000", "1.000", "speed-up", "infeasible", "wrong"))
-
-
-def test_run_json_is_one_document(cache, monkeypatch):
-    fake_tune(monkeypatch, [row(PROBLEM, DEFAULT)])
-    result = invoke("run", "--target", "cuda:90", "--json")
-    document = json.loads(result.stdout)
-    assert document["rows"][0]["config"] == DEFAULT and document["rows"][0]["problem"]["k"] == 1024
-    assert document["database"] == str(cache)
-
-
-def test_run_interrupted(cache, monkeypatch):
-    fake_tune(monkeypatch, error=KeyboardInterrupt())
-    result = invoke("run", "--target", "cuda:90", "--json")
-    assert result.exit_code == 130 and "is kept" in result.stderr
-    assert json.loads(result.stdout)["exit_code"] == 130
-
-
-def test_run_without_a_working_config(cache, monkeypatch):
-    fake_tune(monkeypatch, [row(PROBLEM, None, tuned_ms=None)])
-    assert invoke("run", "--target", "cuda:90").exit_code == 5
-    document = json.loads(invoke("run", "--target", "cuda:90", "--json").stdout)
-    assert (
-        document["exit_code"] == 5 and document["rows"][0]["config"] is None and "working config" in document["error"]
-    )
-
-
-def test_run_without_time_for_any_kernel(cache, monkeypatch):
-    fake_tune(monkeypatch, [])
-    result = invoke("run", "--target", "cuda:90", "--budget", "0.001")
-    assert result.exit_code == 5 and "budget is too short" in result.stderr
-
-
-def test_efforts_reach_the_tuner(cache, monkeypatch):
-    for effort in EFFORTS:
-        calls = fake_tune(monkeypatch, [row(PROBLEM, DEFAULT)])
-        assert invoke("run", "--target", "cuda:90", "--effort", effort, "--budget", "7").exit_code == 0
-        assert (calls[0][2]["effort"], calls[0][2]["budget"]) == (effort, 7.0)
-
-
-def test_device_hides_the_other_gpus(cache, monkeypatch):
-    """The workers that measure inherit the environment; so GPU 0 is the chosen one there and here."""
-    calls = fake_tune(monkeypatch, [row(PROBLEM, DEFAULT)])
-    gpu = replace(target_device("cuda:90"), name="the GPU")
-    seen = []
-    monkeypatch.setattr(cli, "current_device", lambda: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]) or gpu)
-    for visible, index, chosen in ((None, "2", "2"), ("4, 6,7", "1", "6"), ("GPU-abc", "0", "GPU-abc")):
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        if visible is not None:
-            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert invoke("run", "--device", index).exit_code == 0
-        assert seen.pop() == chosen
-    assert calls[0][1] is gpu and calls[0][2]["target"] is None
-
-
 def test_device_that_is_not_there(cache, monkeypatch):
     def none():
         raise RuntimeError("no CUDA device is available")
 
-    monkeypatch.setattr(cli, "current_device", none)
+    monkeypatch.setattr(options, "current_device", none)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     result = invoke("run", "--device", "2", "--json")
     assert result.exit_code == 3 and "--device must be below 2" in result.stderr and "is 2" in result.stderr
@@ -167,7 +81,7 @@ def test_usage_errors(cache, args, words):
 
 
 def test_resolve_needs_a_gpu_or_a_target(monkeypatch, cache):
-    monkeypatch.setattr(cli, "_gpu", lambda index: None)
+    monkeypatch.setattr("sparsek_tune.options.gpu", lambda index: None)
     result = invoke("resolve")
     assert result.exit_code == 3 and "--target" in result.stderr
 
@@ -297,27 +211,6 @@ def test_doctor_sees_stale_winners(cache, monkeypatch):
     monkeypatch.setitem(TEMPLATES, "forward", replace(template, sources=(__file__,)))
     stale = {f["subject"]: f for f in json.loads(invoke("doctor", "--json").stdout)["findings"]}["stale"]
     assert stale["level"] == "note" and stale["found"].startswith("1 ")
-
-
-def test_progress_on_a_terminal_and_off(capsys, monkeypatch):
-    from sparsek_tune.display import progress
-
-    events = [
-        Event("start", "dq", PROBLEM, 0, 9, None, ""),
-        Event("trial", "dq", PROBLEM, 1, 9, 0.5, "infeasible: [spills]"),
-        Event("note", "dq", PROBLEM, 0, 0, None, "the budget [is] spent"),
-        Event("done", "dq", PROBLEM, 2, 9, 0.25, ""),
-    ]
-    monkeypatch.setenv("COLUMNS", "100")
-    for terminal in ("", "1"):
-        monkeypatch.setenv("FORCE_COLOR", terminal)
-        monkeypatch.setenv("TTY_COMPATIBLE", terminal)
-        with progress() as show:
-            for event in events:
-                show(event)
-        out, err = capsys.readouterr()
-        assert out == "" and "the budget [is] spent" in err and "0.250 ms" in err
-        assert ("\x1b[" in err) == bool(terminal) and ("spills" not in err)
 
 
 def test_entry_point_and_exit_code(tmp_path):

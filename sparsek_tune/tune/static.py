@@ -19,7 +19,7 @@ from sparsek_tune.problem import Device, Problem, target_device
 from sparsek_tune.tune.channel import WorkerError
 from sparsek_tune.tune.propose import ENUMERABLE, spread
 from sparsek_tune.tune.record import failed
-from sparsek_tune.tune.types import Kernel, Row
+from sparsek_tune.tune.types import Kernel, Row, Trial
 from sparsek_tune.tune.verify import reduced
 
 if TYPE_CHECKING:
@@ -54,14 +54,16 @@ def search(search: Search) -> Row:
     if known is not None and _looked_at(search, Config.from_key(known.config)) >= len(configs):
         search.emit("start", "known")
         return search.row(Config.from_key(known.config), None, None, "as stored")
-    search.total = len(configs)
+    # What earlier runs did not find infeasible.
+    work = [c for c in configs if c not in search.ledger.latest or search.ledger.latest[c].status == "static"]
+    search.total, search.looked_at = len(configs), len(configs) - len(work)
     search.emit("start", "")
-    ranked = _compile(search, configs)
+    ranked = _compile(search, work)
     winner = _first_right(search, _order(ranked, search.default), len(configs))
     if winner is not None:
         search.ledger.win(winner, None, None)
-    row = search.row(winner, None, None, "" if winner is not None else "no config passed")
-    return row._replace(tried=len(configs))  # the store holds what failed and what was verified, not all that compiled
+    # The store holds what failed and what was verified, not all that compiled.
+    return search.row(winner, None, None, "" if winner is not None else "no config passed", tried=len(configs))
 
 
 def busiest_first(counts: Counts) -> list[Problem]:
@@ -121,22 +123,25 @@ def _candidates(search: Search) -> list[Config]:
     return [search.default, *spread(sorted(others, key=lambda c: cost(search, c)), count - 1, search.seed)]
 
 
-def _compile(search: Search, configs: list[Config]) -> list[_Ranked]:
-    """Compile what earlier runs did not find infeasible; what works, with its cost."""
-    work = [c for c in configs if c not in search.ledger.latest or search.ledger.latest[c].status == "static"]
+def _compile(search: Search, work: list[Config]) -> list[_Ranked]:
+    """What of ``work`` compiles, with its cost."""
     # The first alone: it leaves the companions' kernels in Triton's cache, for the other processes to find.
     first = [search.run.pool.submit(search.spec, c) for c in work[:1]]
     for future in first:
         future.result()
+    known = search.looked_at or 0
+    search.pace.begin(known + len(first))
     futures = dict(zip(first, work, strict=False)) | {search.run.pool.submit(search.spec, c): c for c in work[1:]}
     ranked = []
-    for future in as_completed(futures):
+    for count, future in enumerate(as_completed(futures), 1):
         config, compiled = futures[future], future.result()
         if compiled.status == "ok":
             ranked.append(_Ranked(cost(search, config, compiled.kernels), config, compiled.kernels))
         else:
             search.ledger.add(config, failed(compiled.status, compiled.reason, PROTOCOL))
-        search.emit("trial", compiled.reason or compiled.status)
+        search.looked_at = known + count
+        status = "compiled" if compiled.status == "ok" else compiled.status
+        search.emit("trial", compiled.reason or status, trial=Trial(config, status, None))
     return ranked
 
 

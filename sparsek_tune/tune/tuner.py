@@ -20,10 +20,11 @@ from sparsek_tune.tune.bench import Bench
 from sparsek_tune.tune.channel import WorkerError
 from sparsek_tune.tune.compile import Compiled, CompilePool
 from sparsek_tune.tune.measure import PROTOCOL, Estimate, choose
+from sparsek_tune.tune.pace import Outlook, Pace
 from sparsek_tune.tune.propose import Proposals
 from sparsek_tune.tune.record import FAILED, INFEASIBLE, WRONG, Ledger, failed, timed, winner_of
 from sparsek_tune.tune.stage import FACTORY
-from sparsek_tune.tune.types import EFFORTS, Effort, Event, OnEvent, Row, Spec
+from sparsek_tune.tune.types import EFFORTS, Effort, Event, OnEvent, Row, Spec, Trial
 
 _HOPELESS = 1.5  # a candidate whose whole interval lies above this multiple of the best is not sampled further
 _STARTS = 3  # winners of other problems that a search begins with
@@ -85,6 +86,7 @@ class Run:
         self.device, self.templates, self.effort, self.seed = device, templates, effort, seed
         self._store, self._run, self._on_event = store, run, on_event
         self.end = math.inf if budget is None else time.monotonic() + budget
+        self._outlook = Outlook(effort.seconds, self.end)
         self._compiled: set[Problem] = set()
         self.pool = CompilePool(factory, timeout=effort.timeout)
         self.bench = Bench(factory, "interpret" if device.static else "measure", effort.timeout)
@@ -108,6 +110,7 @@ class Run:
         for problem in problems:
             for template in templates:
                 tasks.setdefault((template.name, problem.project(template.fields)), (template, problem))
+        self._outlook.kernels = len(tasks)
         rows = []
         for done, (template, problem) in enumerate(tasks.values()):
             left = self.end - time.monotonic()
@@ -150,6 +153,7 @@ class Run:
         self.emit(Event(kind, template.name, problem.project(template.fields), 0, 0, None, message))
 
     def emit(self, event: Event) -> None:
+        event = self._outlook.see(event)
         if self._on_event is not None:
             self._on_event(event)
 
@@ -167,6 +171,8 @@ class Search:
         self._seconds = seconds
         self.end = time.monotonic() + seconds
         self.total = 0
+        self.looked_at: int | None = None  # configs, where the ledger does not hold all of them (static tuning)
+        self.pace = Pace()
 
     def go(self) -> Row:
         first = [self.default, *self.run.starts(self.template, self.problem)]
@@ -193,6 +199,7 @@ class Search:
 
     def _explore(self, proposals: Proposals) -> None:
         """Keep the compile pool and the GPU busy and record what they deliver, until the space or the time is over."""
+        self.pace.begin(self.ledger.count())
         compiling: dict[Future[Compiled], Config] = {}
         judging: dict[Future[Measured], Config] = {}
         while time.monotonic() < self.end:
@@ -233,8 +240,9 @@ class Search:
     def _record(self, config: Config, result: Measured) -> float | None:
         """Record one attempt; its median (ms), or None."""
         self.ledger.add(config, result)
-        self.emit("trial", self._why(config))
-        return self.ledger.time(config)
+        median = self.ledger.time(config)
+        self.emit("trial", self._why(config), trial=Trial(config, result.status, median))
+        return median
 
     def _race(self) -> Row:
         """The default against the fastest others; only one that beats it there replaces it."""
@@ -278,17 +286,34 @@ class Search:
         result = self.ledger.latest[config]
         return result.status if not result.reason else f"{result.status}: {result.reason}"
 
-    def row(self, config: Config | None, default_ms: float | None, tuned_ms: float | None, message: str) -> Row:
-        """The outcome, announced."""
+    def row(
+        self, config: Config | None, default_ms: float | None, tuned_ms: float | None, message: str,
+        tried: int | None = None,
+    ) -> Row:  # fmt: skip
+        """The outcome, announced. tried: where the ledger does not hold all that was."""
         speedup = default_ms / tuned_ms if default_ms and tuned_ms else None
-        self.emit("done", message)
         count = self.ledger.count
-        return Row(
-            self.key, self.template.name, default_ms, tuned_ms, speedup, count(), count(INFEASIBLE), count(WRONG),
-            count(FAILED), config,
+        row = Row(
+            self.key, self.template.name, default_ms, tuned_ms, speedup, count() if tried is None else tried,
+            count(INFEASIBLE), count(WRONG), count(FAILED), config,
         )  # fmt: skip
+        self.emit("done", message, row=row)
+        return row
 
-    def emit(self, kind: str, message: str) -> None:
-        done = self.ledger.count()
+    def emit(self, kind: str, message: str, *, trial: Trial | None = None, row: Row | None = None) -> None:
+        done = self.ledger.count() if self.looked_at is None else self.looked_at
         total = max(self.total, done)
-        self.run.emit(Event(kind, self.template.name, self.key, done, total, self.ledger.best_ms, message))
+        self.run.emit(Event(
+            kind, self.template.name, self.key, done, total, self.ledger.best_ms, message,
+            self.ledger.time(self.default), self.pace.rate(done), self._left(kind, done, total), trial, row,
+        ))  # fmt: skip
+
+    def _left(self, kind: str, done: int, total: int) -> float | None:
+        """Seconds until this search is over, its race included; None where nothing tells."""
+        if kind == "done":
+            return 0.0
+        if self.run.device.static:  # compiling has no limit, and verifying follows
+            left = self.pace.left(done, total, math.inf) or math.inf
+            return left if math.isfinite(left) else None
+        race = self.run.effort.race_seconds
+        return race if kind == "race" else self.pace.left(done, total, self.end) + race

@@ -58,9 +58,23 @@ class Row(NamedTuple):
     config: Config | None
 
 
+class Trial(NamedTuple):
+    """One config settled. status: as in ``db.store.Measured``, or "compiled" (static tuning: works so far, not
+    verified); median_ms: of "ok" alone."""
+
+    config: Config
+    status: str
+    median_ms: float | None
+
+
 class Event(NamedTuple):
     """One step of progress. kind: "start" and "done" frame a template at a problem, "trial" is one config settled,
-    "race" the final comparison, "note" a message for the user. done of total counts configs; best_ms so far."""
+    "race" the final comparison, "note" a message for the user.
+
+    done of total counts configs, those known before included; best_ms so far, default_ms of the default config; rate:
+    configs a second in this search; seconds_left of it (None: unknown). trial and row: what a "trial" or "done" came
+    to. kernels_done of kernels, run_seconds_left: of the whole run. ``event.schema.json`` describes the JSON form.
+    """
 
     kind: str
     template: str
@@ -69,6 +83,14 @@ class Event(NamedTuple):
     total: int
     best_ms: float | None
     message: str
+    default_ms: float | None = None
+    rate: float | None = None
+    seconds_left: float | None = None
+    trial: Trial | None = None
+    row: Row | None = None
+    kernels_done: int = 0
+    kernels: int = 0
+    run_seconds_left: float | None = None
 
 
 class Spec(NamedTuple):

@@ -12,7 +12,6 @@ sys.path.append(str(Path(__file__).parent))
 
 import fake_machine
 
-from sparsek_tune import cli
 from sparsek_tune.bench import machine, ours
 from sparsek_tune.problem import target_device
 
@@ -23,7 +22,7 @@ DEVICE = replace(target_device("cuda:90"), name="a CPU in disguise")
 def cpu(monkeypatch):
     """Everything runs on the CPU, by the reference. Returns the machine that is used."""
     made = fake_machine.Cpu()
-    monkeypatch.setattr(cli, "_gpu", lambda index: DEVICE)
+    monkeypatch.setattr("sparsek_tune.options.gpu", lambda index: DEVICE)
     monkeypatch.setattr(machine, "Cuda", lambda l2: made)
     monkeypatch.setattr(ours, "stages", fake_machine.reference_stages)
     return made

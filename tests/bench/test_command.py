@@ -24,7 +24,7 @@ def invoke(*args):
 
 @pytest.fixture
 def no_gpu(monkeypatch):
-    monkeypatch.setattr(cli, "_gpu", lambda index: None)
+    monkeypatch.setattr("sparsek_tune.options.gpu", lambda index: None)
 
 
 def test_tables_document_and_plot(cpu, tmp_path):
@@ -80,9 +80,10 @@ def test_killed_keeps_what_was_measured(tmp_path):
     """SIGKILL after the first of two cases."""
     code = (
         "import os, signal, sys; sys.path[:0] = [sys.argv[1]]\n"
-        "import fake_machine; from sparsek_tune import cli; from sparsek_tune.bench import machine, ours, run\n"
+        "import fake_machine; from sparsek_tune import cli, options\n"
+        "from sparsek_tune.bench import machine, ours, run\n"
         "from sparsek_tune.problem import target_device\n"
-        "cli._gpu = lambda index: target_device('cuda:90')\n"
+        "options.gpu = lambda index: target_device('cuda:90')\n"
         "machine.Cuda = fake_machine.Cpu; ours.stages = fake_machine.reference_stages\n"
         "right = run.Bench._ours\n"
         "def ours_(self, case, entry):\n"
@@ -130,7 +131,7 @@ def test_redrawing_needs_no_gpu(no_gpu, tmp_path):
     ],
 )
 def test_wrong_options_are_found_before_anything_runs(options, words, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "_gpu", lambda index: pytest.fail("looked for a GPU"))
+    monkeypatch.setattr("sparsek_tune.options.gpu", lambda index: pytest.fail("looked for a GPU"))
     (tmp_path / "text.pt").write_text("text")
     q, k = torch.zeros(1, 4, 64, 16), torch.zeros(1, 2, 64, 16)
     torch.save({"query": q, "key": k, "value": k, "scores": k[..., 0].clone()}, tmp_path / "small.pt")
@@ -140,7 +141,7 @@ def test_wrong_options_are_found_before_anything_runs(options, words, tmp_path, 
 
 
 def test_no_matplotlib_is_found_before_anything_runs(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "_gpu", lambda index: pytest.fail("looked for a GPU"))
+    monkeypatch.setattr("sparsek_tune.options.gpu", lambda index: pytest.fail("looked for a GPU"))
     monkeypatch.setattr(plot, "available", lambda: "matplotlib is not installed")
     result = invoke(*TINY, "--plot", tmp_path / "b.png")
     assert result.exit_code == 2 and "matplotlib is not installed" in result.stderr

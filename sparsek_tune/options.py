@@ -1,0 +1,90 @@
+"""Options that several commands have, what they complete to, and what they mean."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from sparsek_tune.command import NO_GPU, Fault
+from sparsek_tune.presets import MODELS, Shape
+from sparsek_tune.presets import shapes as all_shapes
+from sparsek_tune.problem import DTYPES, GATES, TARGETS, Device, current_device, target_device
+
+FIELDS = tuple(Shape.__dataclass_fields__)
+_WORDS = {"dtype": DTYPES, "gate": GATES}  # fields that are no numbers
+
+
+def _complete_shape(_context: click.Context, _option: click.Parameter, typed: str) -> list[str]:
+    """The fields that the shape does not have yet; the values of one that is no number."""
+    before, comma, last = typed.rpartition(",")
+    name, sign, value = last.partition("=")
+    if sign:
+        return [f"{before}{comma}{name}={word}" for word in _WORDS.get(name, ()) if word.startswith(value)]
+    given = {part.partition("=")[0] for part in before.split(",")}
+    return [f"{before}{comma}{field}=" for field in FIELDS if field.startswith(name) and field not in given]
+
+
+def _complete_target(_context: click.Context, _option: click.Parameter, typed: str) -> list[str]:
+    return [target for target in TARGETS if target.startswith(typed)]
+
+
+device_option = click.option("--device", "index", type=click.IntRange(0), help="CUDA device index [default: 0].")
+target_option = click.option(
+    "--target", metavar="cuda:CC", shell_complete=_complete_target,
+    help="A GPU to be named, not looked at, such as cuda:90.",
+)  # fmt: skip
+_model_option = click.option(
+    "--model", "models", multiple=True, metavar="NAME", type=click.Choice(list(MODELS)),
+    help=f"Heads and head size of a published model; repeatable. One of: {', '.join(MODELS)}.",
+)  # fmt: skip
+_shape_option = click.option(
+    "--shape", "texts", multiple=True, metavar="F=V,...", shell_complete=_complete_shape,
+    help=f"Fields of a shape, the rest from --model or the defaults; repeatable. Fields: {','.join(FIELDS)}. "
+    f"Defaults: {','.join(f'{f}={getattr(Shape(), f)}' for f in FIELDS)}.",
+)  # fmt: skip
+
+
+def shape_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    return _model_option(_shape_option(command))
+
+
+def shapes(models: tuple[str, ...], texts: tuple[str, ...]) -> list[Shape]:
+    """What --model and --shape name."""
+    try:
+        return all_shapes(models, texts)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--shape") from error
+
+
+def target(text: str) -> Device:
+    """What --target names."""
+    try:
+        return target_device(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--target") from error
+
+
+def gpu(index: int | None) -> Device | None:
+    """The GPU, None where there is none and none was asked for. An index that does not exist is an error.
+
+    GPU ``index`` becomes the only one that this process and its workers see: they all speak of GPU 0.
+    """
+    if index is not None:
+        _hide_others(index)
+    try:
+        return current_device()
+    except RuntimeError as error:
+        if index is None:
+            return None
+        raise Fault(f"--device must be the index of a GPU, but is {index}: {error}", NO_GPU) from error
+
+
+def _hide_others(index: int) -> None:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = None if visible is None else [name.strip() for name in visible.split(",") if name.strip()]
+    if names is not None and index >= len(names):
+        raise Fault(f"--device must be below {len(names)} (CUDA_VISIBLE_DEVICES={visible}), but is {index}", NO_GPU)
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(index) if names is None else names[index]
