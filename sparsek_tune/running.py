@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sparsek_tune import options
 from sparsek_tune.command import INTERRUPTED, NOTHING, Fault, guarded
+from sparsek_tune.kernel_templates import FAMILIES
 from sparsek_tune.problem import Device, Problem
 from sparsek_tune.tune.types import EFFORTS
 
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 )
 @click.option("--effort", type=click.Choice(list(EFFORTS)), default="default", show_default=True, help="Search length.")
 @click.option("--budget", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Wall time of the run.")
+@click.option(
+    "--kernel", "kernels", multiple=True, type=click.Choice(FAMILIES),
+    help="Tune this kernel alone, beside the others as stored or by default; repeatable [default: all].",
+)  # fmt: skip
 @options.target_option
 @options.device_option
 @click.option(
@@ -42,7 +47,7 @@ if TYPE_CHECKING:
 @guarded
 def run_command(
     models: tuple[str, ...], texts: tuple[str, ...], captures: tuple[Path, ...], effort: str, budget: float | None,
-    target: str | None, index: int | None, as_lines: bool,
+    kernels: tuple[str, ...], target: str | None, index: int | None, as_lines: bool,
 ) -> None:  # fmt: skip
     """Tune every kernel for the given shapes and store the winners.
 
@@ -64,7 +69,8 @@ def run_command(
         with Store() as store:
             click.echo(f"{len(problems)} problem(s) on {device.name}; database {store.path}", err=True)
             lines.begin(store.path, device, effort, budget, problems)
-            rows = _tune(problems, device, store, effort, budget, lines, live=not (as_lines and sys.stdout.isatty()))
+            wanted = {"effort": effort, "budget": budget, "kernels": kernels or None}
+            rows = _tune(problems, device, store, wanted, lines, live=not (as_lines and sys.stdout.isatty()))
         if not as_lines:
             _table(rows)
         if not rows:
@@ -74,9 +80,8 @@ def run_command(
 
 
 def _tune(
-    problems: Sequence[Problem], device: Device, store: Store, effort: str, budget: float | None, lines: EventLines,
-    live: bool,
-) -> list[Row]:  # fmt: skip
+    problems: Sequence[Problem], device: Device, store: Store, wanted: Mapping[str, Any], lines: EventLines, live: bool
+) -> list[Row]:
     """Tune, and tell of it. live: a display that moves may be on the terminal."""
     from sparsek_tune.display import progress
     from sparsek_tune.tune import tune
@@ -88,7 +93,7 @@ def _tune(
                 lines.show(event)
                 show(event)
 
-            return tune(problems, device, store, effort=effort, budget=budget, on_event=tell)
+            return tune(problems, device, store, on_event=tell, **wanted)
     except KeyboardInterrupt:
         raise Fault("interrupted: what was measured is kept, the next run goes on from it", INTERRUPTED) from None
 

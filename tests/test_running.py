@@ -163,6 +163,14 @@ def test_efforts_reach_the_tuner(cache, monkeypatch):
         assert (calls[0][2]["effort"], calls[0][2]["budget"]) == (effort, 7.0)
 
 
+def test_kernels_reach_the_tuner(cache, monkeypatch):
+    for args, kernels in ((), None), (("--kernel", "dq", "--kernel", "forward"), ("dq", "forward")):
+        calls = fake_tune(monkeypatch, [row(DEFAULT)])
+        assert invoke("--target", "cuda:90", *args).exit_code == 0
+        assert calls[0][2]["kernels"] == kernels
+    assert "'dk' is not one of 'threshold'" in invoke("--kernel", "dk").stderr
+
+
 def test_device_hides_the_other_gpus(cache, monkeypatch):
     """The workers that measure inherit the environment; so GPU 0 is the chosen one there and here."""
     calls = fake_tune(monkeypatch, [row(DEFAULT)])
