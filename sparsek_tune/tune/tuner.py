@@ -290,9 +290,10 @@ class Search:
         best = min((ms for ms in times.values() if ms is not None), default=None)
         done = self.ledger.count() if self.looked_at is None else self.looked_at
         total = max(self.total, done)
+        rate = self.pace.rate(done) if kind == "trial" else None
         self.run.emit(Event(
-            kind, self.template.name, self.key, done, total, best, message, times.get(self.default),
-            self.pace.rate(done), self._left(kind, done, total), trial, row,
+            kind, self.template.name, self.key, done, total, best, message, times.get(self.default), rate,
+            self._left(kind, done, total), trial, row,
         ))  # fmt: skip
 
     def _left(self, kind: str, done: int, total: int) -> float | None:
