@@ -1,7 +1,8 @@
 """The command line. Data goes to stdout, progress and messages to stderr.
 
-Exit codes: 0 ok, 1 something is broken (doctor, run, bench), 2 usage, 3 no GPU where one is required, 4 database, 5
-nothing usable found, 130 interrupted. Heavy imports are inside the commands, so that ``--help`` is quick.
+Exit codes: 0 ok, 1 something is broken (doctor, run, bench) or could not be written, 2 usage, 3 no GPU where one is
+required, 4 database, 5 nothing usable found, 130 interrupted. Heavy imports are inside the commands, so that ``--help``
+is quick.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def main() -> None:
     Tuned configs are kept in one SQLite file: $SPARSEK_TUNE_CACHE, else $XDG_CACHE_HOME/sparsek-tune/cache.db, else
     ~/.cache/sparsek-tune/cache.db. Programs that import sparsek_tune.ops are served from it.
 
-    Exit codes: 0 ok, 1 something is broken (doctor, run, bench), 2 usage, 3 no GPU where one is required, 4 database, 5
-    nothing usable found, 130 interrupted.
+    Exit codes: 0 ok, 1 something is broken (doctor, run, bench) or could not be written, 2 usage, 3 no GPU where one is
+    required, 4 database, 5 nothing usable found, 130 interrupted.
     """
 
 

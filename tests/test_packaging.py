@@ -57,7 +57,7 @@ def test_content(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     top = {n.split("/")[0] for n in names}
     assert {t for t in top if not t.endswith(".dist-info")} == {"sparsek_tune"}
-    assert "sparsek_tune/py.typed" in names
+    assert {"sparsek_tune/py.typed", "sparsek_tune/event.schema.json"} <= set(names)
     for package in ("kernel_templates", "db", "db/migrations", "db/pretuned", "tune", "bench"):
         have = {p.name for p in (ROOT / _folder(package)).iterdir() if p.suffix in (".py", ".sql", ".json")}
         assert have <= {n.split("/")[-1] for n in names if n.startswith(f"sparsek_tune/{package}/")}, package

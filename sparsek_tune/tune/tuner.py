@@ -303,9 +303,10 @@ class Search:
     def emit(self, kind: str, message: str, *, trial: Trial | None = None, row: Row | None = None) -> None:
         done = self.ledger.count() if self.looked_at is None else self.looked_at
         total = max(self.total, done)
+        rate = self.pace.rate(done) if kind == "trial" else None
         self.run.emit(Event(
             kind, self.template.name, self.key, done, total, self.ledger.best_ms, message,
-            self.ledger.time(self.default), self.pace.rate(done), self._left(kind, done, total), trial, row,
+            self.ledger.time(self.default), rate, self._left(kind, done, total), trial, row,
         ))  # fmt: skip
 
     def _left(self, kind: str, done: int, total: int) -> float | None:

@@ -72,8 +72,9 @@ class Event(NamedTuple):
     "race" the final comparison, "note" a message for the user.
 
     done of total counts configs, those known before included; best_ms so far, default_ms of the default config; rate:
-    configs a second in this search; seconds_left of it (None: unknown). trial and row: what a "trial" or "done" came
-    to. kernels_done of kernels, run_seconds_left: of the whole run. ``event.schema.json`` describes the JSON form.
+    configs a second in this search, of a "trial" alone; seconds_left of the kernel (None: unknown). trial and row: what
+    a "trial" or "done" came to. kernels_done of kernels, run_seconds_left: of the whole run. ``event.schema.json``
+    describes the JSON form.
     """
 
     kind: str
