@@ -1,9 +1,12 @@
 """Two versions of the package at one file: neither harms what the other wrote."""
 
+import lzma
+from pathlib import Path
+
 import pytest
 from database import DEVICE, FORK, PROBLEM, TEMPLATE, add, count, execute, make, refusal, version
 
-from sparsek_tune.db import errors, reader, transfer
+from sparsek_tune.db import errors, reader, records, sqlite, transfer
 from sparsek_tune.db.schema import ConfigRow
 from sparsek_tune.db.store import Store
 
@@ -83,3 +86,26 @@ def test_an_older_file_is_brought_up_by_many_at_once(path):
         ("here",),
         ("there",),
     ]
+
+
+RELEASED = sorted((Path(__file__).parent / "data").glob("schema-*.db.xz"))
+
+
+def test_a_file_of_every_schema_is_kept():
+    assert [int(file.name[7:11]) for file in RELEASED] == sorted(sqlite.migrations())
+
+
+@pytest.mark.parametrize("file", RELEASED, ids=lambda file: file.name)
+def test_files_of_earlier_versions_stay_readable(file, path):
+    """schema-NNNN.db.xz was written by a version of that schema, schema-NNNN.jsonl.xz is what it exported of it."""
+    path.write_bytes(lzma.decompress(file.read_bytes()))
+    with records.open_text(file.with_name(file.name.replace(".db", ".jsonl"))) as opened:
+        wanted = records.read(opened, file.name)
+    served = {reader.config_key(r["config"]) for r in wanted if r["winner"]}
+    found = reader.load(path, "cuda", 90)
+    assert {e.config for e in found.entries} == served and len(served) > 1, found.reason
+    with Store(path) as store:
+        assert transfer.export(store) == wanted
+        assert len(store.winners()) == sum(r["winner"] is not None for r in wanted)
+        add(store)
+        assert count(path) == len(wanted) + 1
