@@ -18,6 +18,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+import event_lines
 import pytest
 from click.testing import CliRunner
 from database import FORK, count, execute, make
@@ -93,7 +94,7 @@ class World:
         self.env["FAULTS_HEALED"] = "1"
         code, out, err = self.run()
         assert code == 0, err
-        (row,) = json.loads(out)["rows"]
+        (row,) = event_lines.parse(out)[-1]["rows"]
         tried = [(config["tile"], config["fault"]) for config in self.searched()]
         assert len(tried) == len(set(tried)) == row["tried"] and {tile for tile, _ in tried} == {
             8 << i for i in range(7)
@@ -152,7 +153,7 @@ def test_a_worker_that_is_killed_costs_one_candidate_at_most(world):
         os.kill(world.pids("measure")[-1], signal.SIGKILL)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    (row,) = json.loads(out)["rows"]
+    (row,) = event_lines.parse(out)[-1]["rows"]
     assert row["tried"] == 7 and row["failed"] <= 3
     reasons = {reason for (reason,) in world.ask("SELECT reason FROM measurement WHERE status = 'runtime'")}
     assert reasons <= {"the worker died (killed by SIGKILL)"}
@@ -200,7 +201,7 @@ def test_a_full_disk_ends_the_run_and_costs_nothing_that_was_recorded(tmp_path, 
         out, err = process.communicate(timeout=60)
         assert process.returncode == 4, err
         assert "free disk space" in err and str(world.database) in err
-        assert json.loads(out)["exit_code"] == 4
+        assert event_lines.parse(out)[-1]["exit_code"] == 4
         assert all(map(gone, world.pids("compile", "measure")))
         code, _, err = world.run()
         assert code == 4 and "free disk space" in err and "Traceback" not in err, err
@@ -219,7 +220,7 @@ def test_a_disk_that_is_full_for_the_compiler_is_held_against_no_candidate(tmp_p
     world = World(tmp_path, faults=["slow", "compiler on a full disk"])
     code, out, err = world.run()
     assert code == 1 and "No space left on device" in err and "what was measured is kept" in err
-    assert json.loads(out)["exit_code"] == 1
+    assert event_lines.parse(out)[-1]["exit_code"] == 1
     assert all(config["fault"] == "slow" for config in world.searched()), "nothing is known of the other candidates"
     world.finish()
 

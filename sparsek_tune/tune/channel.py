@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -66,6 +67,7 @@ class Worker:
         self._service, self._arguments, self._env = service, arguments, dict(env or {})
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
+        self._busy = threading.Lock()  # held during a call
 
     def __enter__(self) -> Worker:
         return self
@@ -84,6 +86,10 @@ class Worker:
         Raises WorkerTimeout, WorkerDied or CallFailed; after the first two, and a fatal CallFailed, the next call gets
         a new process. Raises MachineError.
         """
+        with self._busy:
+            return self._call(method, arguments, timeout)
+
+    def _call(self, method: str, arguments: tuple[Any, ...], timeout: float) -> Any:
         if self._process is not None and self._process.poll() is not None:  # died since it answered: not by this call
             self.kill()
         if self._process is None:
@@ -104,17 +110,20 @@ class Worker:
         raise CallFailed(message, kind, fatal)
 
     def close(self) -> None:
-        """Kill the process; no new one is started after this."""
+        """Kill the process; no new one is started after this. A call on another thread ends with WorkerDied."""
         self._closed = True
-        self.kill()
+        if (process := self._process) is not None:
+            _kill_group(process)
+        # What reads the pipe sees its end, and only then is it closed: closed under a selector, it would never wake it.
+        with self._busy:
+            self.kill()
 
     def kill(self) -> None:
-        """Kill the process with everything it started (its process group)."""
+        """Kill the process with everything it started (its process group). Not while another thread calls."""
         process, self._process = self._process, None
         if process is None:
             return
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _kill_group(process)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(DEATH_SECONDS)
         for pipe in (process.stdin, process.stdout):
@@ -141,6 +150,9 @@ class Worker:
             )
         except OSError as error:
             raise MachineError(f"a worker process cannot be started: {error}") from error
+        if self._closed:  # meanwhile, by another thread, which did not see this process
+            self.kill()
+            raise WorkerDied("the run is over")
         try:
             self._send(self._arguments)
             status, value = self._receive(time.monotonic() + STARTUP_SECONDS)
@@ -193,3 +205,9 @@ class Worker:
         self._log.seek(max(0, self._log.tell() - 4096))
         lines = self._log.read().decode(errors="replace").strip().splitlines()
         return f"the worker died ({how})" + (f": {lines[-1][:300]}" if lines else "")
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    if process.returncode is None:  # else its number may be another's
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import faults
@@ -202,3 +203,62 @@ def test_a_second_attempt_to_set_up_may_succeed(lost, monkeypatch):
         real = bench._worker.kill
         monkeypatch.setattr(bench._worker, "kill", lambda: (lost.unlink(missing_ok=True), real())[1])
         assert bench.verify(SPEC, GOOD) is None
+
+
+def ends_while_it_is_closed(worker, before_close):
+    """Close ``worker``, once ``before_close`` says so, while another thread calls it."""
+    errors = []
+
+    def call():
+        try:
+            worker.call("child", os.devnull, timeout=60)
+        except channel.WorkerDied as error:
+            errors.append(str(error))
+
+    caller, start = threading.Thread(target=call), time.monotonic()
+    caller.start()
+    before_close()
+    closer = threading.Thread(target=worker.close)
+    closer.start()
+    return caller, closer, errors, start
+
+
+def test_a_close_that_comes_just_before_the_caller_waits_ends_its_call(monkeypatch):
+    worker = Worker("faults:Echo")
+    worker.call("echo", 1, timeout=60)
+    at_select, go_on = threading.Event(), threading.Event()
+
+    class Late(channel.selectors.DefaultSelector):
+        def select(self, timeout=None):
+            at_select.set()
+            go_on.wait(20)
+            return super().select(timeout)
+
+    monkeypatch.setattr(channel.selectors, "DefaultSelector", Late)
+    process = worker._process
+    caller, closer, errors, start = ends_while_it_is_closed(worker, at_select.wait)
+    while process.poll() is None and time.monotonic() < start + 20:
+        time.sleep(0.01)
+    time.sleep(0.2)  # for a close that does not wait
+    go_on.set()
+    caller.join(20)
+    closer.join(20)
+    assert not caller.is_alive() and not closer.is_alive() and len(errors) == 1 and worker.pid is None
+
+
+def test_a_close_that_comes_while_a_process_starts_leaves_none_behind(monkeypatch):
+    worker, started, made = Worker("faults:Echo"), threading.Event(), []
+    real = channel.subprocess.Popen
+
+    def popen(*args, **options):
+        made.append(real(*args, **options))
+        started.set()
+        time.sleep(0.3)  # close comes here
+        return made[0]
+
+    monkeypatch.setattr(channel.subprocess, "Popen", popen)
+    caller, closer, errors, _ = ends_while_it_is_closed(worker, started.wait)
+    caller.join(20)
+    closer.join(20)
+    assert not caller.is_alive() and not closer.is_alive() and errors == ["the run is over"]
+    assert made[0].wait(20) < 0 and worker.pid is None
