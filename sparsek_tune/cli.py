@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sparsek_tune import __version__, sharing
+from sparsek_tune import __version__, reporting, sharing
 from sparsek_tune.bench.arguments import bench_options
 from sparsek_tune.bench.cases import PEERS, Case
 from sparsek_tune.command import BROKEN, INTERRUPTED, NO_GPU, NOTHING, Fault, as_json_option, guarded, print_json
@@ -376,7 +376,7 @@ def _measure(
         raise Fault(f"{file} cannot be written any more: {error}", BROKEN, **run.document) from error
 
 
-for command in sharing.COMMANDS:
+for command in (*sharing.COMMANDS, *reporting.COMMANDS):
     main.add_command(command)
 
 
