@@ -1,16 +1,22 @@
-"""What every command shares: how it ends, and its JSON."""
+"""What commands share: how they end, their JSON, the text files that they write."""
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
+from sparsek_tune.files import replacing
+
 BROKEN, NO_GPU, DATABASE, NOTHING, INTERRUPTED = 1, 3, 4, 5, 130
+STDIO = Path("-")
+_SQLITE = b"SQLite format 3\0"
 
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
 
@@ -49,7 +55,7 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
         except (Exception, KeyboardInterrupt) as error:
             if (fault := fault_of(error)) is None:
                 raise
-        if kwargs.get("as_json") or kwargs.get("json_file") == Path("-"):
+        if kwargs.get("as_json") or kwargs.get("json_file") == STDIO:
             results = fault.results if isinstance(fault, Fault) else {}
             print_json(**results, error=fault.format_message(), exit_code=fault.exit_code)
         raise fault
@@ -59,3 +65,25 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def print_json(**document: Any) -> None:
     click.echo(json.dumps({"schema": 1, **document}, indent=2, allow_nan=False))
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[TextIO]:
+    """The argument FILE of a command as a text file, replaced as a whole; stdout where it is "-". Never a database."""
+    if file == STDIO:
+        yield sys.stdout
+        return
+    try:
+        if _is_database(file):
+            raise click.BadParameter(f"must not be a database, but {file} is one", param_hint="FILE")
+        with replacing(file) as out:
+            yield out
+    except OSError as error:
+        raise Fault(f"{file} cannot be written: {error.strerror}", BROKEN) from error
+
+
+def _is_database(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return opened.read(len(_SQLITE)) == _SQLITE

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import io
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from sparsek_tune.command import BROKEN, Fault, as_json_option, guarded, print_json
-from sparsek_tune.files import replacing
+from sparsek_tune.command import BROKEN, STDIO, Fault, as_json_option, guarded, print_json, writing
 
 if TYPE_CHECKING:
     from sparsek_tune.db.records import Record
     from sparsek_tune.db.transfer import Report
 
 _FILE = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
-_EXISTING = click.Path(path_type=Path, dir_okay=False, allow_dash=True, exists=True, readable=True)
+RECORDS = click.Path(path_type=Path, dir_okay=False, allow_dash=True, exists=True, readable=True)
 _DATABASE = click.Path(path_type=Path, dir_okay=False, exists=True)
-_STDIO = Path("-")
-_SQLITE = b"SQLite format 3\0"
 
 
 @click.command("export")
@@ -37,28 +33,14 @@ def export_command(file: Path) -> None:
 
     with Store(read_only=True) as store:
         found = transfer.export(store)
-    if file == _STDIO:
-        records.write(sys.stdout, found)
-        return
-    try:
-        if _is_database(file):
-            raise click.BadParameter(f"must not be a database, but {file} is one", param_hint="FILE")
-        with replacing(file) as out:
-            records.write(out, found)
-    except OSError as error:
-        raise Fault(f"{file} cannot be written: {error.strerror}", BROKEN) from error
-    click.echo(f"{len(found)} records written to {file}", err=True)
-
-
-def _is_database(file: Path) -> bool:
-    if not file.is_file():
-        return False
-    with file.open("rb") as opened:
-        return opened.read(len(_SQLITE)) == _SQLITE
+    with writing(file) as out:
+        records.write(out, found)
+    if file != STDIO:
+        click.echo(f"{len(found)} records written to {file}", err=True)
 
 
 @click.command("import")
-@click.argument("files", nargs=-1, required=True, type=_EXISTING)
+@click.argument("files", nargs=-1, required=True, type=RECORDS)
 @as_json_option
 @guarded
 def import_command(files: tuple[Path, ...], as_json: bool) -> None:
@@ -69,16 +51,18 @@ def import_command(files: tuple[Path, ...], as_json: bool) -> None:
     then the higher speed-up over the default in its race) and the other reported. Nothing is run; a config will be
     served only where this version's kernels allow it.
     """
+    _take([(str(file), read_records(file)) for file in files], as_json)
+
+
+def read_records(file: Path) -> list[Record]:
+    """The records of a file (stdin where it is "-"), checked as a whole. Raises RecordError, or Fault."""
     from sparsek_tune.db import records
 
-    found = []
-    for file in files:
-        try:
-            with click.open_file("-", encoding="utf-8") if file == _STDIO else records.open_text(file) as opened:
-                found.append((str(file), records.read(opened, str(file))))
-        except OSError as error:
-            raise Fault(f"{file} cannot be read: {error.strerror}", BROKEN) from error
-    _take(found, as_json)
+    try:
+        with click.open_file("-", encoding="utf-8") if file == STDIO else records.open_text(file) as opened:
+            return records.read(opened, str(file))
+    except OSError as error:
+        raise Fault(f"{file} cannot be read: {error.strerror}", BROKEN) from error
 
 
 @click.command("merge")

@@ -16,12 +16,12 @@ Entry = Mapping[str, Any]
 Lines = dict[str, list[tuple[int, float]]]
 
 
-def available() -> str | None:
-    """Why nothing can be drawn, or None."""
+def available(extra: str = "bench") -> str | None:
+    """Why nothing can be drawn, or None. extra: that of this package which brings what is needed."""
     try:
         import matplotlib
     except ImportError:
-        return "matplotlib is not installed: pip install 'sparsek-tune[bench]'"
+        return f"matplotlib is not installed: pip install 'sparsek-tune[{extra}]'"
     del matplotlib
     return None
 

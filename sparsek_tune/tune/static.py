@@ -15,6 +15,7 @@ from sparsek_tune.captured import Counts
 from sparsek_tune.db.store import Measured
 from sparsek_tune.kernel_templates import TEMPLATES
 from sparsek_tune.kernel_templates.base import Config, Template
+from sparsek_tune.peaks import target_peak
 from sparsek_tune.problem import Device, Problem, target_device
 from sparsek_tune.tune.channel import WorkerError
 from sparsek_tune.tune.propose import ENUMERABLE, spread
@@ -25,16 +26,6 @@ from sparsek_tune.tune.verify import reduced
 if TYPE_CHECKING:
     from sparsek_tune.tune.tuner import Search
 
-# Dense 16-bit tensor-core operations (1/s) and memory bandwidth (B/s) of the GPUs that problem.target_device names
-# (vendor data sheets). They only rank configs of one target against each other.
-_PEAKS = {
-    80: (312e12, 2.0e12),
-    86: (142e12, 0.94e12),
-    89: (121e12, 0.30e12),
-    90: (989e12, 3.35e12),
-    100: (2250e12, 8.0e12),
-    120: (210e12, 1.79e12),
-}
 _FEW_WARPS = 8  # resident warps on an SM below which latency shows
 _LITTLE_STACK = 64  # bytes of spills a thread that do not show
 _MARGIN = 0.9  # the default is left for a config that costs at most this fraction of it
@@ -90,10 +81,7 @@ def cost(search: Search, config: Config, kernels: Sequence[Kernel] = ()) -> floa
 
 
 def _roofline(template: Template, config: Config, problem: Problem, cc: int) -> float:
-    flops, bandwidth = _PEAKS[cc]
-    if problem.dtype == "fp32":
-        flops /= 16  # IEEE dots run outside the tensor cores
-    return template.cost(config, problem).seconds(flops, bandwidth)
+    return template.cost(config, problem).seconds(*target_peak(cc).of(problem.dtype))
 
 
 def _penalty(kernel: Kernel, device: Device) -> float:

@@ -1,0 +1,1 @@
+"""One HTML page about what a database holds. ``page.render(records, source)`` makes it; the rest is what it shows."""
