@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import itertools
 import random
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import optuna
 
-from sparsek_tune.kernel_templates.base import Choice, Config, Pow2, Template, Value
+from sparsek_tune.kernel_templates.base import Config, Template
 from sparsek_tune.problem import Device, Problem
+from sparsek_tune.tune import samplers
+from sparsek_tune.tune.space import neighbours, parameters, suggest
 
 ENUMERABLE = 200_000  # points of a space up to which its feasible part is listed
-_MISSES = 64  # proposals in a row that bring nothing new, after which the sampler is passed over once
+_MISSES = 16  # proposals in a row that bring nothing new, after which the sampler is passed over once
 _REPEATS = 3  # seen configs in a row, after which one of their neighbours is taken
-_BAD_MS = 1e6  # value told for a config without a time; the violated constraint is what counts
-_SEPARATE = hasattr(optuna.trial.Trial, "set_constraint")  # Optuna 5; before: constraints_func
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -40,6 +38,7 @@ class Proposals:
         known: Mapping[Config, float | None] | None = None,
         first: Iterable[Config] = (),
         seed: int = 0,
+        sampler: str = "tpe",
     ) -> None:
         self._template = template
         self._check = lambda config: template.check(config, problem, device)
@@ -47,15 +46,17 @@ class Proposals:
         self._left = max(0, trials - len(self._seen))
         self._rng = random.Random(seed)
         self._open: dict[Config, optuna.trial.Trial] = {}
+        self._slowest = 0.0
         self._first = [c for c in dict.fromkeys(first) if template.contains(c) and self._check(c) is None]
         self._rest: list[Config] | None = None
         if template.size <= ENUMERABLE:
             self._rest = list(template.feasible(problem, device))
             self._rng.shuffle(self._rest)
         small = self._rest is not None and len(self._rest) <= trials
-        self._study = None if small else _study(seed)
+        chosen = None if small else samplers.make(sampler, template, problem, device, seed)
+        self._study = None if chosen is None else optuna.create_study(sampler=chosen)
         if self._study is not None:
-            for config, ms in self._seen.items():
+            for config, ms in sorted(self._seen.items(), key=lambda known: known[1] is None):
                 if template.contains(config):
                     self._teach(config, ms)
 
@@ -126,78 +127,18 @@ class Proposals:
 
     def _teach(self, config: Config, ms: float | None) -> None:
         assert self._study is not None
-        self._study.enqueue_trial(_parameters(self._template, config))
+        self._study.enqueue_trial(parameters(self._template, config))
         trial = self._study.ask()
         suggest(self._template, trial)
         self._finish(trial, ms)
 
     def _finish(self, trial: optuna.trial.Trial, ms: float | None) -> None:
         assert self._study is not None
-        violation = 1.0 if ms is None else -1.0
-        if _SEPARATE:
-            trial.set_constraint("works", violation)
-        else:
-            trial.set_user_attr("works", violation)
-        # A failed trial would teach the sampler nothing: complete it with a violated constraint.
-        self._study.tell(trial, _BAD_MS if ms is None else ms)
-
-
-def suggest(template: Template, trial: Any) -> Config:
-    """The config that an Optuna trial stands for: powers of two by exponent, choices by position, conditions kept."""
-    chosen: dict[str, Value] = {}
-    for param in template.space:
-        values = param.values(chosen)
-        if len(values) == 1:
-            chosen[param.name] = values[0]
-        elif isinstance(param.domain, Pow2):
-            low = values[0].bit_length() - 1  # type: ignore[union-attr]
-            chosen[param.name] = 1 << trial.suggest_int(f"log2 {param.name}", low, low + len(values) - 1)
-        else:
-            chosen[param.name] = values[trial.suggest_categorical(param.name, list(range(len(values))))]
-    return Config(chosen)
-
-
-def _parameters(template: Template, config: Config) -> dict[str, int]:
-    """The Optuna parameters that make :func:`suggest` give ``config``."""
-    parameters: dict[str, int] = {}
-    chosen: dict[str, Value] = {}
-    for param in template.space:
-        values, value = param.values(chosen), config[param.name]
-        chosen[param.name] = value
-        if len(values) > 1 and isinstance(param.domain, Pow2):
-            parameters[f"log2 {param.name}"] = int(value).bit_length() - 1
-        elif len(values) > 1:
-            parameters[param.name] = values.index(value)
-    return parameters
-
-
-def _study(seed: int) -> optuna.Study:
-    options: dict[str, Any] = {"seed": seed, "multivariate": True, "group": True, "constant_liar": True}
-    if not _SEPARATE:
-        options["constraints_func"] = lambda trial: (trial.user_attrs.get("works", 0.0),)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.create_study(sampler=optuna.samplers.TPESampler(**options))
-
-
-def neighbours(template: Template, config: Config) -> Iterator[Config]:
-    """The configs of the space one step away: the next power of two up or down, any other choice."""
-    for i, param in enumerate(template.space):
-        values = param.values(config)
-        at = values.index(config[param.name])
-        near = range(len(values)) if isinstance(param.domain, Choice) else (at - 1, at + 1)
-        for j in near:
-            if 0 <= j < len(values) and j != at:
-                yield _settled(template, {**config, param.name: values[j]}, i)
-
-
-def _settled(template: Template, config: Mapping[str, Value], changed: int) -> Config:
-    """``config`` with the parameters after number ``changed`` put at their first value where they do not matter."""
-    chosen = {p.name: config[p.name] for p in template.space[: changed + 1]}
-    for param in template.space[changed + 1 :]:
-        values, value = param.values(chosen), config[param.name]
-        chosen[param.name] = value if value in values else values[0]
-    return Config(chosen)
+        samplers.constrain(trial, works=ms is not None)
+        # A failed trial would teach the sampler nothing: complete it with a violated constraint. Its value is one that
+        # others have: a model of all values would be bent by an outlier.
+        self._slowest = max(self._slowest, ms or 0.0)
+        self._study.tell(trial, self._slowest if ms is None else ms)
 
 
 def spread(configs: Sequence[Config], count: int, seed: int) -> list[Config]:

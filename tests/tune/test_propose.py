@@ -4,35 +4,13 @@ from __future__ import annotations
 
 import faults
 import pytest
+from landscape import large, ms
 
-from sparsek_tune.kernel_templates.base import Choice, Config, Cost, Param, Pow2, Template
-from sparsek_tune.tune.propose import Proposals, neighbours, suggest
+from sparsek_tune.kernel_templates.base import Config
+from sparsek_tune.tune.propose import Proposals
+from sparsek_tune.tune.samplers import works
 
 P, D = faults.PROBLEM, faults.DEVICE
-
-
-def large(check=lambda config, problem, device: None):
-    """5 x 4 x 6 x (4 where staged, else 1) points; the fastest is a 64, b "z", c 2."""
-    return Template(
-        name="large",
-        fields=frozenset({"n"}),
-        space=(
-            Param("a", Pow2(16, 256)),
-            Param("b", Choice(("w", "x", "y", "z"))),
-            Param("c", Pow2(1, 32)),
-            Param("staged", Choice((False, True))),
-            Param("depth", Pow2(1, 8), when=lambda c: bool(c["staged"])),
-        ),
-        default=lambda problem, device: Config(a=32, b="w", c=4, staged=False, depth=1),
-        check=check,
-        cost=lambda config, problem: Cost(1.0, 1.0),
-        sources=(__file__,),
-    )
-
-
-def ms(config):
-    a = abs(config["a"].bit_length() - 7)
-    return 1.0 + a + abs(config["c"].bit_length() - 2) + (config["b"] != "z") + 0.5 * config["staged"]
 
 
 def drain(proposals, answer=ms):
@@ -83,6 +61,24 @@ def test_equal_seeds_and_answers_give_equal_proposals():
     assert one == two != other
 
 
+def test_a_config_without_a_time_is_told_as_the_slowest_and_as_a_violation():
+    """Not as any number beyond all others, which would bend a model of the values."""
+    proposals = Proposals(large(), P, D, 30, known={Config(a=16, b="x", c=1, staged=False, depth=1): None})
+    drain(proposals, lambda c: None if c["a"] > 64 else ms(c))
+    trials = [t for t in proposals._study.trials if t.value is not None]
+    bad = [t.value for t in trials if not works(t)]
+    assert bad and set(bad) <= {t.value for t in trials if works(t)} | {0.0}
+    known = {Config(a=16, b=b, c=1, staged=False, depth=1): t for b, t in (("x", None), ("w", 3.0))}
+    assert [t.value for t in Proposals(large(), P, D, 30, known=known)._study.trials] == [3.0, 3.0]
+
+
+def test_the_sampler_is_chosen_by_name():
+    asked = {name: drain(Proposals(large(), P, D, 30, sampler=name, seed=1)) for name in ("tpe", "random")}
+    assert asked["tpe"] == drain(Proposals(large(), P, D, 30, seed=1)) != asked["random"]
+    with pytest.raises(ValueError, match=r"sampler must be one of tpe, .*, but is 'grid'"):
+        Proposals(large(), P, D, 30, sampler="grid")
+
+
 def test_known_configs_are_never_proposed_but_count():
     t = large()
     known = {c: ms(c) for c in drain(Proposals(t, P, D, 40))}
@@ -113,39 +109,6 @@ def test_configs_of_an_older_space_are_left_out():
     assert old not in asked and len(asked) == 9
 
 
-class FixedTrial:
-    """Suggests the upper end of everything, and notes what was asked."""
-
-    def __init__(self):
-        self.asked = {}
-
-    def suggest_int(self, name, low, high):
-        self.asked[name] = (low, high)
-        return high
-
-    def suggest_categorical(self, name, choices):
-        self.asked[name] = choices
-        return choices[-1]
-
-
-def test_powers_of_two_are_searched_by_exponent_and_conditions_hold():
-    trial = FixedTrial()
-    assert suggest(large(), trial) == Config(a=256, b="z", c=32, staged=True, depth=8)
-    assert trial.asked["log2 a"] == (4, 8) and trial.asked["b"] == [0, 1, 2, 3] and "log2 depth" in trial.asked
-    trial = FixedTrial()
-    trial.suggest_categorical = lambda name, choices: 0
-    assert suggest(large(), trial)["depth"] == 1 and "log2 depth" not in trial.asked
-
-
 def test_a_template_with_one_config_is_done_after_it():
     t = faults.template(tiles=(32, 32))
     assert drain(Proposals(t, P, D, 10, first=[t.default(P, D)]), lambda c: 1.0) == [t.default(P, D)]
-
-
-def test_neighbours_are_one_step_away_and_keep_conditions():
-    t = large()
-    space = set(t.configs())
-    near = list(neighbours(t, Config(a=64, b="w", c=1, staged=True, depth=8)))
-    assert len(near) == len(set(near)) == 2 + 3 + 1 + 1 + 1 and set(near) <= space
-    assert Config(a=64, b="w", c=1, staged=False, depth=1) in near
-    assert Config(a=256, b="w", c=1, staged=True, depth=8) not in near
