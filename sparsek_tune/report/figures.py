@@ -34,7 +34,9 @@ _STYLE = {
 
 
 @contextmanager
-def _figure(name: str, size: tuple[float, float], box: tuple[float, float, float, float]) -> Iterator[tuple[Any, list[Markup]]]:
+def _figure(
+    name: str, size: tuple[float, float], box: tuple[float, float, float, float]
+) -> Iterator[tuple[Any, list[Markup]]]:
     """Axes to draw on, and a list that holds the SVG at the end. name: unlike any other of the page, as the ids depend
     on it; size: in inches; box: of the axes, (left, bottom, width, height) as parts of the figure's."""
     import matplotlib
