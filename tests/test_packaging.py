@@ -65,7 +65,7 @@ def test_content(wheel):
 
 
 def _folder(package: str) -> str:
-    return f"sparsek_tune/{package}" if package in ("tune", "bench") else package
+    return f"sparsek_tune/{package}" if package in ("tune", "bench", "report") else package
 
 
 def test_imports_from_elsewhere(installed):

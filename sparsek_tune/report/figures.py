@@ -65,7 +65,7 @@ def _inline(svg: str) -> Markup:
     svg = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", svg)
     svg = re.sub(r"font-family: [^;]*;?|font: [\d.]+px '[^;]*;?", "", svg)
     svg = re.sub("|".join(_VARIABLES), lambda m: f"var(--{_VARIABLES[m[0]]})", svg)
-    return Markup(re.sub(r"\s*\n\s*", " ", svg).replace("> <", "><"))
+    return Markup(re.sub(r"\s*\n\s*", " ", svg.strip()).replace("> <", "><"))
 
 
 def curve(search: Search, name: str) -> Markup:
