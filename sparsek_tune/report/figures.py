@@ -58,7 +58,7 @@ def _figure(
 def _inline(svg: str) -> Markup:
     """An SVG file's text as a part of a page: no prologue, no style for all of the page, no size of its own, no ids but
     those that are referred to, the page's colours and fonts."""
-    svg = svg[svg.index("<svg") :].strip()
+    svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r'\1 aria-hidden="true"', svg, count=1)
     used = set(re.findall(r"#([\w.-]+)", svg))
