@@ -35,4 +35,4 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-from database import path, shared_dir  # noqa: E402, F401  fixtures of the database tests; after the cache is set
+from database import cache, path, shared_dir  # noqa: E402, F401  fixtures of the database tests; after the cache is set

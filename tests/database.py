@@ -39,6 +39,13 @@ def path(tmp_path):
 
 
 @pytest.fixture
+def cache(path, monkeypatch):
+    """The database file that commands take; not made yet."""
+    monkeypatch.setenv("SPARSEK_TUNE_CACHE", str(path))
+    return path
+
+
+@pytest.fixture
 def shared_dir():
     """A directory that any user can reach (pytest's own is closed to others)."""
     directory = Path(tempfile.mkdtemp())

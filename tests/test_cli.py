@@ -14,13 +14,6 @@ from sparsek_tune.presets import shapes
 from sparsek_tune.problem import target_device
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    path = tmp_path / "cache.db"
-    monkeypatch.setenv("SPARSEK_TUNE_CACHE", str(path))
-    return path
-
-
 def invoke(*args):
     return CliRunner().invoke(cli.main, list(args))
 

@@ -23,13 +23,6 @@ PROBLEM = shapes(("llama-3.1-8b",), ("n=4096,k=1024",))[0].problem
 DEFAULT = TEMPLATES["forward"].default(PROBLEM, target_device("cuda:90"))
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    path = tmp_path / "cache.db"
-    monkeypatch.setenv("SPARSEK_TUNE_CACHE", str(path))
-    return path
-
-
 def invoke(*args):
     return CliRunner().invoke(cli.main, ["run", *args])
 

@@ -16,13 +16,6 @@ from sparsek_tune.db.store import Store
 from sparsek_tune.kernel_templates.base import Config
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    path = tmp_path / "cache.db"
-    monkeypatch.setenv("SPARSEK_TUNE_CACHE", str(path))
-    return path
-
-
 def invoke(*args, **options):
     return CliRunner().invoke(cli.main, [str(a) for a in args], **options)
 

@@ -14,14 +14,7 @@ from sparsek_tune import dispatch
 from sparsek_tune.bench import ours
 from sparsek_tune.kernel_templates.base import Config
 from sparsek_tune.problem import Problem
-from sparsek_tune.tune.sample import (
-    ROUNDED,
-    at_positions,
-    expected_keys,
-    expected_queries,
-    sample_keys,
-    sample_queries,
-)
+from sparsek_tune.tune import sample
 from sparsek_tune.tune.stages import Inputs, make_inputs
 from sparsek_tune.tune.verify import TOLERANCE, compare, expected, reduced, relative_error
 
@@ -54,20 +47,11 @@ def at_reduced_length(problem: Problem, configs: Mapping[str, Config], device: s
 def at_length(i: Inputs, dtype: str, seed: int, backward: bool = True) -> Verdict:
     """The public operator on the very inputs that are timed, against samples in float64."""
     found, grads = ours.results(i), ours.forward_backward(i)() if backward else None
-    at = sample_queries(i.scores.shape[-1], seed)
-    want = expected_queries(i, at)
-    got = {"out": found.out[:, :, at], "lse": found.lse[:, :, at]}
+    results = {"out": found.out, "lse": found.lse}
     if grads:
-        keys = sample_keys(found.expiry, seed)
-        want.update(expected_keys(i, found, keys))
-        got.update(dq=grads[0][:, :, at], dk=at_positions(grads[1], keys), dv=at_positions(grads[2], keys))
-    errors = {name: relative_error(x.double(), want[name]) for name, x in got.items()}
-    allowed = dict.fromkeys(got, TOLERANCE[dtype])
-    if grads:
-        # Where few keys have most of the weight, dq is a small difference of do * v and do * out, and out is stored in
-        # the inputs' dtype: no implementation that does so comes closer.
-        inherent = relative_error(want["dq_rounded"], want["dq"])
-        allowed["dq"] = max(allowed["dq"], ROUNDED * inherent)
-    bad = [f"{name}: relative error {e:.2e}, at most {allowed[name]:.0e} allowed" for name, e in errors.items()
-           if not e <= allowed[name]]  # fmt: skip
+        results |= zip(("dq", "dk", "dv"), grads, strict=False)
+    measured = sample.errors(i, found, results, seed)
+    allowed = {name: max(TOLERANCE[dtype], inherent) for name, (_, inherent) in measured.items()}
+    errors = {name: error for name, (error, _) in measured.items()}
+    bad = [sample.too_far(name, e, allowed[name]) for name, e in errors.items() if not e <= allowed[name]]
     return Verdict(errors, "; ".join(bad) or None, max(allowed.values()))

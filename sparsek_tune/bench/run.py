@@ -22,6 +22,7 @@ from sparsek_tune.bench.machine import IN_A_ROW, Machine, Run
 from sparsek_tune.bench.peers import Peer, Ready, Unfit, ready
 from sparsek_tune.bench.report import SCHEMA
 from sparsek_tune.problem import Device
+from sparsek_tune.tune import sample
 from sparsek_tune.tune.measure import PROTOCOL, Estimate
 from sparsek_tune.tune.stages import Inputs
 from sparsek_tune.tune.verify import TOLERANCE, relative_error
@@ -230,8 +231,8 @@ class Bench:
 
     def _exact(self, made: Ready, i: Inputs) -> float:
         """The relative error of a peer that computes SparseK with gate "none", at a sample of queries."""
-        at = check.sample_queries(i.scores.shape[-1], self.settings.seed)
-        want = check.expected_queries(i._replace(gate="none"), at)["out"]
+        at = sample.sample_queries(i.scores.shape[-1], self.settings.seed)
+        want = sample.expected_queries(i._replace(gate="none"), at)["out"]
         error = relative_error(made.forward().reshape(i.query.shape)[:, :, at].double(), want)
         dtype = next(name for name, x in inputs.DTYPES.items() if x == i.query.dtype)
         if not error <= 2 * TOLERANCE[dtype]:

@@ -154,9 +154,8 @@ def _first_right(search: Search, ranked: list[_Ranked], candidates: int) -> Conf
         status, reason = _verify(search, r.config)
         protocol = {**PROTOCOL, "kernels": [k._asdict() for k in r.kernels], "candidates": candidates}
         if status == "static":
-            search.ledger.add(
-                r.config, Measured("static", r.seconds * 1e3, protocol=protocol)
-            )  # what the cost model says
+            # The time is the cost model's.
+            search.ledger.add(r.config, Measured("static", r.seconds * 1e3, protocol=protocol))
             return r.config
         search.ledger.add(r.config, failed(status, reason, protocol))
         search.emit("note", f"{status}: {reason}")

@@ -9,6 +9,7 @@ from sparsek_tune import dispatch
 from sparsek_tune.bench import check, inputs, ours
 from sparsek_tune.bench.cases import Case
 from sparsek_tune.presets import Shape
+from sparsek_tune.tune import sample
 from sparsek_tune.tune.verify import expected
 
 
@@ -21,26 +22,26 @@ def case(gate="kv", w=12, n=150, k=20, scores="iid"):
 def test_samples_are_what_the_reference_gives(gate, w, k):
     i = inputs.make(case(gate, w, k=k), 0, "cpu")
     want = expected(i)
-    at = check.sample_queries(150, 3)
-    got = check.expected_queries(i, at)
+    at = sample.sample_queries(150, 3)
+    got = sample.expected_queries(i, at)
     for name in ("out", "lse", "dq"):
         assert torch.allclose(got[name], want[name][:, :, at], rtol=1e-9, atol=1e-9), name
     found = ours.Results(want["out"], want["lse"], want["tau"], want["expiry"])
-    keys = check.sample_keys(want["expiry"], 3)
-    for name, x in check.expected_keys(i, found, keys).items():
-        assert torch.allclose(x, check.at_positions(want[name], keys), rtol=1e-9, atol=1e-9), name
+    keys = sample.sample_keys(want["expiry"], 3)
+    for name, x in sample.expected_keys(i, found, keys).items():
+        assert torch.allclose(x, sample.at_positions(want[name], keys), rtol=1e-9, atol=1e-9), name
 
 
 def test_ties_go_to_the_smaller_index():
     i = inputs.make(case(w=0), 0, "cpu")
     i = i._replace(scores=i.scores.round().clamp(-1, 1))
     at = torch.tensor([100, 149])
-    assert torch.allclose(check.expected_queries(i, at)["out"], expected(i)["out"][:, :, at])
+    assert torch.allclose(sample.expected_queries(i, at)["out"], expected(i)["out"][:, :, at])
 
 
 def test_sampled_keys_are_seen_by_somebody():
     expiry = torch.tensor([[[0, 1, 9, 3, 4, 9, 6, 7, 8]]])  # only keys 2 and 5 live
-    assert set(check.sample_keys(expiry, 0).flatten().tolist()) <= {2, 5}
+    assert set(sample.sample_keys(expiry, 0).flatten().tolist()) <= {2, 5}
 
 
 @pytest.mark.parametrize("gate", ["kv", "none"])

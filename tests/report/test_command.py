@@ -17,13 +17,6 @@ from sparsek_tune.db.store import Store
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    path = tmp_path / "cache.db"
-    monkeypatch.setenv("SPARSEK_TUNE_CACHE", str(path))
-    return path
-
-
-@pytest.fixture
 def file(tmp_path):
     """Records as export writes them."""
     path = tmp_path / "shared.jsonl"

@@ -191,7 +191,9 @@ def test_an_interrupt_while_a_candidate_hangs_ends_at_once(store, monkeypatch):
     assert time.monotonic() - interrupted[0] < 10
 
 
-def test_templates_follow_each_other_with_the_winners_before_them(store, monkeypatch):
+@pytest.fixture
+def companions(monkeypatch):
+    """By template, what stood beside it in its last race."""
     from sparsek_tune.tune.bench import Bench
 
     seen, real = {}, Bench.race
@@ -201,29 +203,24 @@ def test_templates_follow_each_other_with_the_winners_before_them(store, monkeyp
         return real(self, spec, *rest)
 
     monkeypatch.setattr(Bench, "race", spy)
+    return seen
+
+
+def test_templates_follow_each_other_with_the_winners_before_them(store, companions):
     one, two = faults.template("one", fields=("n",)), faults.template("two", fields=("n", "d"))
     other = faults.PROBLEM._replace(d=128)
     rows = go(store, one, two, problems=[faults.PROBLEM, other])
     assert [r.template for r in rows] == ["one", "two", "two"]  # one does not depend on d
     best, default = Config(tile=128, fault="none"), Config(tile=32, fault="none")
-    assert seen["one"] == {"one": default, "two": default}
-    assert seen["two"] == {"one": best, "two": default}
+    assert companions["one"] == {"one": default, "two": default}
+    assert companions["two"] == {"one": best, "two": default}
 
 
-def test_named_kernels_alone_are_tuned_beside_what_is_stored_of_the_others(store, monkeypatch):
-    from sparsek_tune.tune.bench import Bench
-
-    seen, real = {}, Bench.race
-
-    def spy(self, spec, *rest):
-        seen[spec.template] = dict(spec.companions)
-        return real(self, spec, *rest)
-
-    monkeypatch.setattr(Bench, "race", spy)
+def test_named_kernels_alone_are_tuned_beside_what_is_stored_of_the_others(store, companions):
     one, two = faults.template("one", fields=("n",)), faults.template("two")
     assert [r.template for r in go(store, one, two, kernels=["one"])] == ["one"]
     assert [r.template for r in go(store, one, two, kernels=["two"])] == ["two"]
-    assert seen["two"]["one"] == Config(tile=128, fault="none")  # of the first run's race
+    assert companions["two"]["one"] == Config(tile=128, fault="none")  # of the first run's race
 
 
 def test_a_search_begins_with_what_won_nearby(store, monkeypatch):

@@ -109,8 +109,11 @@ def test_a_gradient_that_cancels_may_be_off_by_what_a_stored_output_makes_of_it(
     assert float(want["dq"].abs().max()) < 1e-12
     off = {"dq": want["dq"] + 1.5 * want["dq_inherent"] + 2e-7}
     assert compare(off, want, TOLERANCE[name], i.scores) is None
-    for wrong in (torch.full_like(want["dq"], 1e-4 if name == "fp32" else 1e-2), want["dq"] + 30 * want["dq_inherent"]):
-        assert name == "fp32" or compare({"dq": wrong}, want, TOLERANCE[name], i.scores) is not None
+    wrong = [torch.full_like(want["dq"], 1e-4 if name == "fp32" else 1e-2)]
+    if name != "fp32":  # there it is below what float32 leaves of terms that cancel
+        wrong.append(want["dq"] + 30 * want["dq_inherent"])
+    for dq in wrong:
+        assert compare({"dq": dq}, want, TOLERANCE[name], i.scores) is not None
     spoilt = want["dq"].clone()
     spoilt[0, 0, 77] = 0.1
     assert compare({"dq": spoilt}, want, TOLERANCE[name], i.scores).startswith("dq: ")
