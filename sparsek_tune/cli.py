@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sparsek_tune import __version__, completion, options, reporting, running, sharing
+from sparsek_tune import __version__, completion, options, reporting, running, sharing, simulation
 from sparsek_tune.bench.arguments import bench_options
 from sparsek_tune.bench.cases import PEERS, Case
 from sparsek_tune.command import BROKEN, INTERRUPTED, NO_GPU, Fault, as_json_option, guarded, print_json
@@ -228,7 +228,7 @@ def _measure(
         raise Fault(f"{file} cannot be written any more: {error}", BROKEN, **run.document) from error
 
 
-for command in (*running.COMMANDS, *sharing.COMMANDS, *reporting.COMMANDS, *completion.COMMANDS):
+for command in (*running.COMMANDS, *sharing.COMMANDS, *reporting.COMMANDS, *simulation.COMMANDS, *completion.COMMANDS):
     main.add_command(command)
 
 
