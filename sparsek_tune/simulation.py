@@ -21,7 +21,18 @@ if TYPE_CHECKING:
 
 _PACKAGES = ("optuna", "scipy", "torch", "cmaes", "helion")
 # Spelled out: strategies.STRATEGIES would load optuna for --help.
-STRATEGIES = ("tpe", "gp", "cma-es", "random", "coordinate", "exhaustive", "static")
+STRATEGIES = (
+    "tpe",
+    "gp",
+    "cma-es",
+    "random",
+    "coordinate",
+    "exhaustive",
+    "static",
+    "helion-pattern",
+    "helion-lfbo",
+    "helion-de",
+)
 _EARLIER = click.Path(path_type=Path, dir_okay=False, exists=True, readable=True)
 
 
@@ -38,8 +49,8 @@ _EARLIER = click.Path(path_type=Path, dir_okay=False, exists=True, readable=True
 )  # fmt: skip
 @click.option("--seeds", type=click.IntRange(1), default=20, show_default=True, help="Replays of each.")
 @click.option(
-    "--trials", type=click.IntRange(1),
-    help="Measurements of a replay at most [default: a tenth of the space, 80 at least; exhaustive: all].",
+    "--trials", type=click.IntRange(1), default=200, show_default=True,
+    help="Measurements of a replay at most; exhaustive takes all.",
 )  # fmt: skip
 @click.option("--ahead", type=click.IntRange(1), default=32, show_default=True, help="Configs in flight at most.")
 @click.option(
@@ -59,7 +70,7 @@ _EARLIER = click.Path(path_type=Path, dir_okay=False, exists=True, readable=True
 @as_json_option
 @guarded
 def simulate_command(
-    files: tuple[Path, ...], names: tuple[str, ...], kernels: tuple[str, ...], seeds: int, trials: int | None,
+    files: tuple[Path, ...], names: tuple[str, ...], kernels: tuple[str, ...], seeds: int, trials: int,
     ahead: int, start: str, partial: bool, jobs: int | None, earlier: tuple[Path, ...], plot_file: Path | None,
     as_json: bool,
 ) -> None:  # fmt: skip

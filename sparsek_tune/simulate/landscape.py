@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
 import statistics
@@ -133,9 +134,9 @@ def _noise(attempt: Attempt) -> float:
 
 
 def _judge_seconds(search: Search) -> float:
-    """The median time between two results, within what is known of it: where the compiler set the pace, it is longer."""
+    """The median time between two results, within what is known of it: longer where the compiler set the pace."""
     at = [datetime.fromisoformat(a.at).timestamp() for a in search.trials.values()]
-    gaps = [later - earlier for earlier, later in zip(at, at[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(at)]
     low, high = _JUDGED
     return min(high, max(low, statistics.median(gaps))) if gaps else low
 

@@ -14,8 +14,10 @@ _POINTS = 200
 
 
 def draw(document: Mapping[str, Any], path: Path) -> None:
-    """Draw ``document`` into ``path`` (.png, .svg or .pdf): a row for all kernels and one for each. Raises OSError where
-    it cannot be written."""
+    """Draw ``document`` into ``path`` (.png, .svg or .pdf): a row for all kernels and one for each.
+
+    Raises OSError where it cannot be written.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window, whatever the environment says
     from matplotlib.figure import Figure
 
@@ -40,8 +42,8 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
 
 
 def band(curves: Sequence[Sequence[Sequence[float]]]) -> list[tuple[float, float, float, float]]:
-    """Points (x, lower quartile, median, upper) of the mean over landscapes of such curves, each of which keeps its last
-    value; from where all have begun."""
+    """Points (x, lower quartile, median, upper): the mean over landscapes of such curves, from where all have begun; each
+    keeps its last value."""
     first, last = max(c[0][0] for c in curves), max(c[-1][0] for c in curves)
     xs = [first * (last / first) ** (i / (_POINTS - 1)) for i in range(_POINTS)]
     points = []

@@ -18,8 +18,8 @@ def pruning(landscape: Landscape) -> dict[str, Any]:
     dropped: what the check refuses. infeasible: what the compiler shows to spill or not to fit, compiled in vain.
     failed: what did not compile, crashed, hung or was wrong.
     dropped_best, spilled_best: of the configs that the check refuses, or that spill more than is accepted, and that the
-    sweep timed all the same: the quality of the best (at 1 pruning would have cost the winner). None: none was timed, so
-    nothing is known. near_best: of those that spill from half of what is accepted to all of it.
+    sweep timed all the same: the quality of the best (at 1 pruning would have cost the winner). None: none was timed,
+    so nothing is known. near_best: of those that spill from half of what is accepted to all of it.
     cheaper: how many configs the cost model takes for cheaper than the winner.
     """
     known = landscape.outcomes.values()

@@ -22,7 +22,7 @@ Thinking = Callable[[], float]
 
 
 class Strategy(Protocol):
-    """What is asked for configs. ``ask`` gives None where it has none now: with nothing in flight, the search is over."""
+    """What is asked for configs. ``ask`` gives None where it has none now; with nothing in flight the search is over."""
 
     def ask(self) -> Config | None: ...
 
@@ -114,7 +114,7 @@ def replay(
     """The measurements of ``strategy``, at most ``trials``, in the order of their results.
 
     ahead: configs in flight at most; jobs: compile processes; seed: of the noise; thinking: a clock that counts the
-    seconds which the strategy takes. As in the tuner the default is settled before all others, which takes no time here.
+    seconds which the strategy takes. As in the tuner the default is settled before all others; here that takes no time.
     """
     steps: list[Step] = []
     clock, asked, flying = Clock.of(jobs), 0, 0

@@ -14,23 +14,21 @@ from sparsek_tune.simulate.replay import AHEAD, Step, replay
 from sparsek_tune.simulate.results import result
 
 STARTS = ("cold", "warm", "blind")
-LEAST_TRIALS, SHARE = 80, 0.1  # measurements of a replay: this part of the space, and not less than that
+TRIALS = 200  # measurements of a replay
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of every replay. trials: measurements at most, None for as many as suit the space; ahead: configs in flight;
+    """Of every replay. trials: measurements at most, which exhaustive search does not heed; ahead: configs in flight;
     start: what is looked at first: "cold" the default, "warm" the winners at other problems too, "blind" nothing."""
 
     seeds: int = 20
-    trials: int | None = None
+    trials: int = TRIALS
     ahead: int = AHEAD
     start: str = "cold"
 
     def trials_of(self, strategy: str, space: int) -> int:
-        if strategy == "exhaustive":
-            return space
-        return min(space, self.trials or max(LEAST_TRIALS, round(SHARE * space)))
+        return space if strategy == "exhaustive" else min(space, self.trials)
 
 
 # What the processes were forked with: a landscape holds functions, which cannot be sent.
@@ -75,5 +73,5 @@ def one(name: str, landscape: Landscape, others: Sequence[Landscape], settings: 
     if settings.start == "warm":
         first += starts(landscape, others)
     trials = settings.trials_of(name, landscape.space)
-    strategy = strategies.make(name, landscape, trials, first, seed)
-    return replay(strategy, landscape, trials, ahead=settings.ahead, seed=seed)
+    with strategies.made(name, landscape, trials, first, seed) as strategy:
+        return replay(strategy, landscape, trials, ahead=settings.ahead, seed=seed)

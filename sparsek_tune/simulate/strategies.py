@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 
 from sparsek_tune.kernel_templates.base import Config
 from sparsek_tune.simulate import external
@@ -15,18 +16,20 @@ STATIC = "static"
 STRATEGIES: tuple[str, ...] = (*samplers.SAMPLERS, STATIC, *external.ALGORITHMS)
 
 
-def make(name: str, landscape: Landscape, trials: int, first: Sequence[Config], seed: int) -> Strategy:
+@contextmanager
+def made(name: str, landscape: Landscape, trials: int, first: Sequence[Config], seed: int) -> Iterator[Strategy]:
     """The strategy called ``name`` (of ``STRATEGIES``). first: configs to look at before all others.
 
     Raises ValueError for an unknown name, and for one whose packages are not installed.
     """
     if name == STATIC:
-        return Listed([*first, *by_cost(landscape)])
-    if name in external.ALGORITHMS:
-        raise NotImplementedError
-    return Proposals(
-        landscape.template, landscape.problem, landscape.device, trials, first=first, seed=seed, sampler=name
-    )
+        yield Listed([*first, *by_cost(landscape)])
+    elif name in external.ALGORITHMS:
+        with closing(external.Helion(name, landscape, first, seed)) as search:
+            yield search
+    else:
+        where = (landscape.template, landscape.problem, landscape.device)
+        yield Proposals(*where, trials, first=first, seed=seed, sampler=name)
 
 
 def missing_packages(name: str) -> list[str]:
