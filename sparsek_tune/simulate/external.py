@@ -73,7 +73,7 @@ class Helion:
         if self._started and not self._over:
             self._answers.put(False)
             self._thread.join()
-        self._over = True
+        self._over, self._waiting = True, []
 
     def _next_batch(self) -> None:
         if self._started:

@@ -42,8 +42,8 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
 
 
 def band(curves: Sequence[Sequence[Sequence[float]]]) -> list[tuple[float, float, float, float]]:
-    """Points (x, lower quartile, median, upper): the mean over landscapes of such curves, from where all have begun; each
-    keeps its last value."""
+    """Points (x, lower quartile, median, upper): the mean over landscapes of such curves, from where all have begun;
+    each keeps its last value."""
     first, last = max(c[0][0] for c in curves), max(c[-1][0] for c in curves)
     xs = [first * (last / first) ** (i / (_POINTS - 1)) for i in range(_POINTS)]
     points = []

@@ -22,7 +22,7 @@ Thinking = Callable[[], float]
 
 
 class Strategy(Protocol):
-    """What is asked for configs. ``ask`` gives None where it has none now; with nothing in flight the search is over."""
+    """What is asked for configs. ``ask`` gives None where it has none now; with nothing in flight, it is over."""
 
     def ask(self) -> Config | None: ...
 

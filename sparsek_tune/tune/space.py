@@ -49,8 +49,8 @@ def neighbours(template: Template, config: Config) -> Iterator[Config]:
 
 
 def normal(template: Template, config: Mapping[str, Value]) -> Config:
-    """``config``, which has a value for every parameter, as a point of the space: those that do not matter at their first
-    value."""
+    """``config``, which has a value for every parameter, as a point of the space: those that do not matter at
+    their first value."""
     return _settled(template, config, -1)
 
 

@@ -1,14 +1,8 @@
-"""Makes ``simulated`` importable; what several tests look at."""
+"""What several tests look at."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.append(str(Path(__file__).parent))
-
 import simulated
 
 
