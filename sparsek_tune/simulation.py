@@ -116,14 +116,14 @@ def _check_plot(file: Path | None) -> None:
         raise click.BadParameter(f"must end in {', '.join(plot.SUFFIXES)}, but is {file}", param_hint="--plot")
 
 
-def _installed(names: Sequence[str]) -> Sequence[str]:
+def _installed(names: tuple[str, ...]) -> tuple[str, ...]:
     """The strategies to replay. Raises UsageError for one that is named and whose packages are missing."""
     from sparsek_tune.simulate.strategies import missing_packages
 
     for name in names:
         if missing := missing_packages(name):
             raise click.UsageError(f"--strategy {name} needs what is not installed: pip install {' '.join(missing)}")
-    return names or [name for name in STRATEGIES if not missing_packages(name)]
+    return names or tuple(name for name in STRATEGIES if not missing_packages(name))
 
 
 def _landscapes(files: Sequence[Path], kernels: Sequence[str], partial: bool) -> list[Landscape]:

@@ -70,17 +70,17 @@ def result(strategy: str, landscape: Landscape, runs: Sequence[Sequence[Step]], 
         "quality_at_count": {str(n): over(lambda r, n=n: after(r, n)) for n in COUNTS},
         "chosen": quartiles(chosen(steps, landscape) for steps in runs),
         "thinking_seconds": over(lambda r: r[-1].thinking if r else 0.0),
-        "by_measurements": [[n, *over(lambda r, n=n: after(r, n))] for n in _grid(1, longest, whole=True)],
+        "by_measurements": [[n, *over(lambda r, n=n: after(r, n))] for n in map(round, _grid(1, longest, digits=0))],
         "by_seconds": [[s, *over(lambda r, s=s: at(r, s))] for s in _grid(1.0, last)],
     }  # fmt: skip
 
 
-def _grid(first: float, last: float, whole: bool = False) -> list[float]:
-    """From first to last, evenly by ratio."""
+def _grid(first: float, last: float, digits: int = 3) -> list[float]:
+    """From first to last, evenly by ratio, so far as different by so many digits after the point."""
     if last <= first:
         return [first]
     points = (first * (last / first) ** (i / (_POINTS - 1)) for i in range(_POINTS))
-    return sorted({round(p) if whole else round(p, 3) for p in points})
+    return sorted({round(p, digits) for p in points})
 
 
 def summary(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
