@@ -49,7 +49,7 @@ _EARLIER = click.Path(path_type=Path, dir_okay=False, exists=True, readable=True
 )  # fmt: skip
 @click.option("--seeds", type=click.IntRange(1), default=20, show_default=True, help="Replays of each.")
 @click.option(
-    "--trials", type=click.IntRange(1), default=200, show_default=True,
+    "--trials", type=click.IntRange(1), default=100, show_default=True,
     help="Measurements of a replay at most; exhaustive takes all.",
 )  # fmt: skip
 @click.option("--ahead", type=click.IntRange(1), default=32, show_default=True, help="Configs in flight at most.")

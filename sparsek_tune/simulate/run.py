@@ -14,7 +14,7 @@ from sparsek_tune.simulate.replay import AHEAD, Step, replay
 from sparsek_tune.simulate.results import result
 
 STARTS = ("cold", "warm", "blind")
-TRIALS = 200  # measurements of a replay
+TRIALS = 100  # measurements of a replay
 
 
 @dataclass(frozen=True)
