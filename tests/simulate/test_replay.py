@@ -156,7 +156,7 @@ def test_the_cost_model_alone_asks_for_the_cheapest():
 def test_helions_searches(algorithm):
     pytest.importorskip("helion")
     landscape = hills(bad=lambda config: config["b"] == "x", noise=0.02)
-    runs = [one(algorithm, landscape, [landscape], Settings(trials=60, ahead=8), seed) for seed in (0, 0, 1)]
+    runs = [one(algorithm, landscape, [landscape], Settings(trials=40, ahead=8), seed) for seed in (0, 0, 1)]
     first, again, other = [[(s.config, s.ms) for s in steps] for steps in runs]
     assert first == again != other
     for steps in runs:
