@@ -23,9 +23,9 @@ class BenchService:
     def prepare(self, spec: Spec) -> None:
         self._stages.get(spec)
 
-    def verify(self, spec: Spec, config: Config) -> str | None:
+    def verify(self, spec: Spec, config: Config, cases: bool) -> str | None:
         with self._stage(spec) as stage:
-            return stage.verify(config)
+            return stage.verify(config, cases)
 
     def measure(self, spec: Spec, config: Config, seconds: float, hopeless_ms: float) -> Estimate:
         with self._stage(spec) as stage:
@@ -64,6 +64,10 @@ class Bench:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def start(self) -> None:
+        """Start the process, which otherwise starts when there is something to do; does not wait for it."""
+        self._worker.start()
+
     def close(self) -> None:
         self._worker.close()
 
@@ -85,10 +89,10 @@ class Bench:
         except WorkerError as error:
             raise MachineError(f"{spec.template} could be measured before, and cannot any more: {error}") from error
 
-    def verify(self, spec: Spec, config: Config) -> str | None:
-        """Why the candidate's results are wrong, or None."""
+    def verify(self, spec: Spec, config: Config, cases: bool = True) -> str | None:
+        """Why the candidate's results are wrong, or None. cases: see ``Stage.verify``."""
         self.prepare(spec)
-        return self._worker.call("verify", spec, config, timeout=self._timeout)
+        return self._worker.call("verify", spec, config, cases, timeout=self._timeout)
 
     def measure(self, spec: Spec, config: Config, seconds: float, hopeless_ms: float) -> Estimate:
         self.prepare(spec)

@@ -57,7 +57,7 @@ class CallFailed(WorkerError):
 
 
 class Worker:
-    """One worker process, started on the first call. Not for use by two threads at once.
+    """One worker process, started on the first call or by :meth:`start`. Not for use by two threads at once.
 
     service: "module:attribute" that the worker calls once, with ``arguments`` (picklable), to get the object whose
     methods are called. env: environment variables on top of this process's.
@@ -66,7 +66,7 @@ class Worker:
     def __init__(self, service: str, *arguments: Any, env: Mapping[str, str] | None = None) -> None:
         self._service, self._arguments, self._env = service, arguments, dict(env or {})
         self._process: subprocess.Popen[bytes] | None = None
-        self._closed = False
+        self._closed = self._serving = False
         self._busy = threading.Lock()  # held during a call
 
     def __enter__(self) -> Worker:
@@ -79,6 +79,12 @@ class Worker:
     def pid(self) -> int | None:
         """The process id, None while no process runs."""
         return self._process.pid if self._process else None
+
+    def start(self) -> None:
+        """Start the process now, and do not wait for it: whether it could set itself up shows in the first call."""
+        with self._busy, contextlib.suppress(WorkerError):
+            if self._process is None:
+                self._start()
 
     def call(self, method: str, *arguments: Any, timeout: float) -> Any:
         """The result of ``method(*arguments)`` in the worker. timeout: seconds, on top of the start of a new process.
@@ -94,6 +100,8 @@ class Worker:
             self.kill()
         if self._process is None:
             self._start()
+        if not self._serving:
+            self._wait_for_start()
         try:
             self._send((method, arguments))
             status, value = self._receive(time.monotonic() + timeout)
@@ -121,6 +129,7 @@ class Worker:
     def kill(self) -> None:
         """Kill the process with everything it started (its process group). Not while another thread calls."""
         process, self._process = self._process, None
+        self._serving = False
         if process is None:
             return
         _kill_group(process)
@@ -155,11 +164,18 @@ class Worker:
             raise WorkerDied("the run is over")
         try:
             self._send(self._arguments)
+        except BaseException:
+            self.kill()
+            raise
+
+    def _wait_for_start(self) -> None:
+        try:
             status, value = self._receive(time.monotonic() + STARTUP_SECONDS)
         except BaseException:
             self.kill()
             raise
-        if status != "ok":
+        self._serving = status == "ok"
+        if not self._serving:
             self.kill()
             message = f"the worker could not start: {value[0]}"
             raise MachineError(message) if value[1] == MACHINE else CallFailed(message, value[1], True)

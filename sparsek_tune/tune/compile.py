@@ -7,8 +7,10 @@ in its on-disk cache, from where the measuring process loads it.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
@@ -22,15 +24,19 @@ from sparsek_tune.tune.types import Kernel, Spec
 MOST_STACK = 512  # bytes a thread; a kernel that spills more has never been the fastest, and may take ptxas minutes
 PREPARE_TIMEOUT = 300.0  # seconds for the kernels of all companions
 _BYTES_PER_COMPILE = 1 << 30  # memory that one compile may take
+_SIDE_BY_SIDE = 8  # kernels of one urgent candidate that a process compiles at once
+_NICE = 10  # the measuring process, which has little to do on the CPU, goes first
 _REGISTERS = 65536  # per SM, on every CUDA device since compute capability 3.5
 
 
 class Compiled(NamedTuple):
-    """The outcome for one candidate: status "ok", "infeasible", "compile" or "timeout"; the reason where not ok."""
+    """The outcome for one candidate: status "ok", "infeasible", "compile" or "timeout"; the reason where not ok; the
+    seconds that a process took."""
 
     status: str
     reason: str
     kernels: tuple[Kernel, ...] = ()
+    seconds: float = 0.0
 
 
 def infeasible(kernels: Sequence[Kernel], device: Device) -> str | None:
@@ -68,8 +74,16 @@ class CompilePool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def submit(self, spec: Spec, config: Config) -> Future[Compiled]:
-        return self._threads.submit(self._compile, spec, config)
+    def start(self) -> None:
+        """Start the processes, each of which otherwise starts when it is needed; does not wait for them."""
+        for worker in self._workers:
+            worker.start()
+
+    def submit(self, spec: Spec, config: Config, cases: bool = True) -> Future[Compiled]:
+        """cases: also what verification on small problems launches (``Stage.compile``), in another process at the same
+        time: for the few that all else waits for."""
+        timed = self._threads.submit(self._compile, spec, config, False, cases)
+        return _both(timed, self._threads.submit(self._compile, spec, config, True, True)) if cases else timed
 
     def close(self) -> None:
         """Kill the processes; unfinished futures end as timeouts or are cancelled."""
@@ -78,18 +92,34 @@ class CompilePool:
             worker.close()
         self._threads.shutdown(wait=True)
 
-    def _compile(self, spec: Spec, config: Config) -> Compiled:
-        worker = self._idle.get()
+    def _compile(self, spec: Spec, config: Config, cases: bool, urgent: bool) -> Compiled:
+        worker, began = self._idle.get(), time.monotonic()
         try:
             worker.call("prepare", spec, timeout=PREPARE_TIMEOUT)  # a no-op from the second candidate on
-            kernels = tuple(worker.call("compile", spec, config, timeout=self._timeout))
+            began = time.monotonic()
+            kernels = tuple(worker.call("compile", spec, config, cases, urgent, timeout=self._timeout))
         except WorkerError as error:
             status = "compile" if error.status == "runtime" else error.status
-            return Compiled(status, str(error))
+            return Compiled(status, str(error), seconds=time.monotonic() - began)
         finally:
             self._idle.put(worker)
-        reason = infeasible(kernels, spec.device)
-        return Compiled("infeasible", reason, kernels) if reason else Compiled("ok", "", kernels)
+        reason = None if cases else infeasible(kernels, spec.device)
+        return Compiled("infeasible" if reason else "ok", reason or "", kernels, time.monotonic() - began)
+
+
+def _both(timed: Future[Compiled], cases: Future[Compiled]) -> Future[Compiled]:
+    """Of two halves of a candidate the one that is not ok, if there is one."""
+    both: Future[Compiled] = Future()
+
+    def settle(_: Future[Compiled]) -> None:
+        try:
+            first, second = timed.result(), cases.result()
+            both.set_result(second if first.status == "ok" != second.status else first)
+        except BaseException as error:  # whatever it is, it belongs to who asks for the result
+            both.set_exception(error)
+
+    timed.add_done_callback(lambda _: cases.add_done_callback(settle))
+    return both
 
 
 def default_jobs() -> int:
@@ -106,21 +136,53 @@ class CompileService:
     """Runs in a worker process: compiles candidates for the device that each spec names."""
 
     def __init__(self, factory: str) -> None:
+        os.nice(_NICE)
         self._stages = StageCache(factory, "compile")
 
     def prepare(self, spec: Spec) -> None:
         use_target(spec.device)
         self._stages.get(spec)
 
-    def compile(self, spec: Spec, config: Config) -> list[Kernel]:
+    def compile(self, spec: Spec, config: Config, cases: bool, urgent: bool) -> list[Kernel]:
         use_target(spec.device)
-        return self._stages.get(spec).compile(config)
+        stage = self._stages.get(spec)
+        with side_by_side() if urgent else nullcontext():
+            return stage.compile(config, cases)
+
+
+@contextmanager
+def side_by_side() -> Iterator[None]:
+    """Kernels that are warmed up within the block are compiled by threads, and are all done at its end; an error shows
+    when the kernel is used (:func:`kernels_of`)."""
+    from triton.runtime._async_compile import AsyncCompileMode
+
+    with _Compilers(_SIDE_BY_SIDE) as threads, AsyncCompileMode(threads, ignore_errors=True):
+        yield
+
+
+class _Compilers(ThreadPoolExecutor):
+    """Threads that compile kernels, and what launches them."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        return super().submit(lambda: _with_launcher(fn(*args, **kwargs)))
+
+
+def _with_launcher(compiled: Any) -> Any:
+    """Up to 3.6, Triton has gcc compile a C function for every signature that is launched the first time: the time of
+    the measuring process, unless the function lies in the cache already. Where this fails, that process will say so."""
+    from triton.backends.nvidia import driver
+
+    if hasattr(driver, "make_launcher"):
+        with suppress(Exception):
+            driver.CudaLauncher(compiled.src, compiled.metadata)
+    return compiled
 
 
 def kernels_of(compiled: Sequence[Any]) -> list[Kernel]:
-    """The resources of Triton's CompiledKernel objects."""
+    """The resources of Triton's CompiledKernel objects, or of those that threads compiled (:func:`side_by_side`)."""
     found = []
     for c in compiled:
+        c = c.result() if hasattr(c, "result") else c
         r = resources(c.asm["cubin"])
         found.append(Kernel(c.metadata.name, r.registers, r.stack, c.metadata.shared, c.metadata.num_warps))
     return found

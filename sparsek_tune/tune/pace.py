@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from sparsek_tune.problem import Problem
@@ -37,6 +38,31 @@ class Pace:
         return limit if rate is None else min(limit, max(0, total - done) / rate)
 
 
+class Shares:
+    """What each kernel may take, so that those of one problem take ``limit`` together, setting up included, and the run
+    is over at ``end`` on the clock.
+
+    problems: of every kernel to tune, its problem.
+    """
+
+    def __init__(self, limit: float, end: float, problems: Iterable[Problem], clock: Clock = time.monotonic) -> None:
+        self._limit, self._end, self._clock = limit, end, clock
+        self._kernels = Counter(problems)
+        self._limits: dict[Problem, float] = {}  # on the clock
+
+    def of(self, problem: Problem, least: float = 0.0) -> float:
+        """How long the next kernel of ``problem``, whose time begins with the first call, may take from now on: however
+        late it is, ``least`` seconds."""
+        now = self._clock()
+        until = self._limits.setdefault(problem, now + self._limit)
+        share = max((until - now) / self._kernels[problem], least)
+        return min(share, max(0.0, self._end - now) / self._kernels.total())
+
+    def done(self, problem: Problem) -> None:
+        """A kernel of ``problem`` is done."""
+        self._kernels[problem] -= 1
+
+
 @dataclass
 class _Running:
     start: float
@@ -49,7 +75,7 @@ class Outlook:
     """The run as a whole, by the events of its searches, which may go on side by side.
 
     What is not begun is taken to last as long as the mean of what is done; stored results that are only looked up do
-    not count there. limit: what a search takes at most; end: of the budget, on the clock.
+    not count there. limit: what a search takes; end: of the budget, on the clock.
     """
 
     def __init__(self, limit: float, end: float = math.inf, clock: Clock = time.monotonic) -> None:

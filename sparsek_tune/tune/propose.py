@@ -66,6 +66,11 @@ class Proposals:
         everything = len(set(self._rest) | set(self._seen)) if self._rest is not None else self._left + len(self._seen)
         return min(everything, self._left + len(self._seen))
 
+    @property
+    def beginning(self) -> bool:
+        """Whether one of ``first`` comes next."""
+        return any(config not in self._seen for config in self._first)
+
     def ask(self) -> Config | None:
         """A config that was not seen before and passes the template's check, or None: the search is over."""
         if self._left <= 0:

@@ -19,12 +19,15 @@ class Stage(Protocol):
         """Set up what all candidates share: inputs, results of the companions, reference results."""
         ...
 
-    def compile(self, config: Config) -> list[Kernel]:
-        """Compile all kernels of the candidate and launch none."""
+    def compile(self, config: Config, cases: bool = False) -> list[Kernel]:
+        """Compile all kernels of the candidate and launch none. cases: those of the small problems, not the timed."""
         ...
 
-    def verify(self, config: Config) -> str | None:
-        """Why the candidate's results are wrong, or None. Raises MemoryCorrupted where it wrote out of its buffers."""
+    def verify(self, config: Config, cases: bool = True) -> str | None:
+        """Why the candidate's results are wrong, or None. Raises MemoryCorrupted where it wrote out of its buffers.
+
+        cases: on small problems with known answers too, and not at the timed length alone.
+        """
         ...
 
     def check(self) -> None:
@@ -37,11 +40,16 @@ class Stage(Protocol):
 
 
 class StageCache:
-    """Keeps the stage of the last spec: a run stays at one spec for many candidates, and its tensors are large."""
+    """Keeps the stage of the last spec: a run stays at one spec for many candidates, and its tensors are large.
+
+    A function ``warm_up(mode)`` in the factory's module does at once what no spec is needed for.
+    """
 
     def __init__(self, factory: str, mode: str) -> None:
-        module, _, name = factory.partition(":")
-        self._make, self._mode = getattr(importlib.import_module(module), name), mode
+        name, _, function = factory.partition(":")
+        module = importlib.import_module(name)
+        self._make, self._mode = getattr(module, function), mode
+        getattr(module, "warm_up", lambda mode: None)(mode)
         self._spec: Spec | None = None
         self._stage: Any = None
 

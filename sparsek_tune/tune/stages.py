@@ -212,22 +212,30 @@ class KernelStage:
             return
         _ = self._shared
 
-    def compile(self, config: Config) -> list[Kernel]:
-        with launch.compile_only():
-            self._meta_small.outputs(self._spec.template, config)  # the kernels that verification will launch
+    def compile(self, config: Config, cases: bool = False) -> list[Kernel]:
         with launch.compile_only() as compiled:
-            self._full.run(self._spec.template, config)
+            if cases:
+                self._meta_small.outputs(self._spec.template, config)
+            else:
+                self._full.run(self._spec.template, config)
         return kernels_of(compiled)
 
-    def verify(self, config: Config) -> str | None:
-        template, tolerance = self._spec.template, TOLERANCE[self._small.dtype]
+    def verify(self, config: Config, cases: bool = True) -> str | None:
+        if cases and (reason := self._wrong_case(config)) is not None:
+            return reason
+        return None if self._mode == "interpret" else self._wrong_at_length(config)
+
+    def _wrong_case(self, config: Config) -> str | None:
+        tolerance = TOLERANCE[self._small.dtype]
         for case in self._cases:
-            got = _watched(partial(case.pipeline.outputs, template, config))
+            got = _watched(partial(case.pipeline.outputs, self._spec.template, config))
             reason = compare(got, case.want, tolerance, case.inputs.scores)
             if reason is not None:
                 return f"{case.name} scores, n={self._small.n}: {reason}"
-        if self._mode == "interpret":
-            return None
+        return None
+
+    def _wrong_at_length(self, config: Config) -> str | None:
+        template, tolerance = self._spec.template, TOLERANCE[self._small.dtype]
         got = self._at_length(partial(self._full.run, template, config))
         if config == self._spec.companions[template] and (reason := self._sampled(got)) is not None:
             return f"n={self._spec.problem.n}, a sample: {reason}"
@@ -336,6 +344,17 @@ def _watched(run: Callable[[], dict[str, Tensor]], size: int = SIZE) -> dict[str
         results = run()
     zones.check(results)
     return results
+
+
+def warm_up(mode: str) -> None:
+    """Set up what takes seconds on a GPU, while candidates are still being compiled: its context, the linear algebra of
+    reference results, Triton's driver (which gcc compiles the first time)."""
+    if mode == "measure" and torch.cuda.is_available():
+        from triton.runtime import driver
+
+        ones = torch.ones(2, 16, 16, dtype=torch.float64, device="cuda")
+        (ones @ ones).softmax(-1).sum().item()
+        driver.active.get_current_target()
 
 
 def make(spec: Spec, mode: str) -> Stage:

@@ -6,11 +6,14 @@ import math
 import sys
 import time
 import zlib
-from collections.abc import Collection, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from functools import partial
 
 from sparsek_tune import dispatch
+from sparsek_tune.db import reader
 from sparsek_tune.db.store import Measured, Store
 from sparsek_tune.kernel_templates import TEMPLATES
 from sparsek_tune.kernel_templates.base import Config, Template
@@ -20,13 +23,15 @@ from sparsek_tune.tune.bench import Bench
 from sparsek_tune.tune.channel import WorkerError
 from sparsek_tune.tune.compile import Compiled, CompilePool
 from sparsek_tune.tune.measure import PROTOCOL, Estimate, choose
-from sparsek_tune.tune.pace import Outlook, Pace
+from sparsek_tune.tune.pace import Outlook, Pace, Shares
 from sparsek_tune.tune.propose import Proposals
-from sparsek_tune.tune.record import FAILED, INFEASIBLE, WRONG, Ledger, failed, timed, winner_of
+from sparsek_tune.tune.record import FAILED, INFEASIBLE, WRONG, Ledger, failed, timed
 from sparsek_tune.tune.stage import FACTORY
 from sparsek_tune.tune.types import EFFORTS, Effort, Event, OnEvent, Row, Spec, Trial
 
 _HOPELESS = 1.5  # a candidate whose whole interval lies above this multiple of the best is not sampled further
+_LEAST = 5.0  # seconds for the search of a kernel of which no winner is known nearby
+_WAITING = 2  # candidates that wait for a free compiler: more would be proposed without the results of those before
 _STARTS = 3  # winners of other problems that a search begins with
 
 
@@ -86,8 +91,8 @@ class Run:
         self.device, self.templates, self.effort, self.seed = device, templates, effort, seed
         self._store, self._run, self._on_event = store, run, on_event
         self.end = math.inf if budget is None else time.monotonic() + budget
-        self._outlook = Outlook(effort.seconds, self.end)
-        self._compiled: set[Problem] = set()
+        self._outlook = Outlook(effort.seconds / len(templates), self.end)
+        self._ahead: defaultdict[Problem, list[tuple[Spec, Config, Future[Compiled]]]] = defaultdict(list)
         self.pool = CompilePool(factory, timeout=effort.timeout)
         self.bench = Bench(factory, "interpret" if device.static else "measure", effort.timeout)
         # One thread, for one measuring process: the GPU works on while results are recorded and configs proposed.
@@ -112,39 +117,59 @@ class Run:
                 tasks.setdefault((template.name, problem.project(template.fields)), (template, problem))
         self._outlook.kernels = len(tasks)
         rows = []
+        limit = math.inf if self.device.static else self.effort.seconds  # static tuning looks at few configs anyway
+        shares = Shares(limit, self.end, [problem for _, problem in tasks.values()])
         for done, (template, problem) in enumerate(tasks.values()):
-            left = self.end - time.monotonic()
-            if left <= 0:
+            if time.monotonic() >= self.end:
                 self._say(template, problem, "note", f"the budget is spent: {len(tasks) - done} kernels not tuned")
                 break
-            search = Search(self, template, problem, min(self.effort.seconds, left / (len(tasks) - done)))
+            search = Search(self, template, problem, partial(shares.of, problem))
             rows.append(static.search(search) if self.device.static else search.go())
+            shares.done(problem)
         return rows
 
-    def compile_defaults(self, problem: Problem) -> None:
-        """Compile every default at once: the measuring process, which needs all of them, then only loads them."""
-        if problem in self._compiled:
+    def compile_first(self, problem: Problem) -> None:
+        """Compile every default at once: the measuring process, which needs all of them, then only loads them. What
+        searches begin with follows, while the first of them is judged."""
+        if problem in self._ahead:
             return
-        self._compiled.add(problem)
-        jobs = []
+        self.pool.start()
+        self.bench.start()
+        needed, starts = [], []
         for t in self.templates.values():
             spec = Spec(t.name, problem, self.device, self.companions(t, problem))
-            jobs.append(self.pool.submit(spec, t.default(problem, self.device)))
-        wait(jobs)
+            default = t.default(problem, self.device)
+            served, *others = self.starts(t, problem) or [default]
+            needed += [(spec, default), (spec, served)]
+            starts += [(spec, config) for config in others]
+        ahead = self._ahead[problem]
+        for spec, config in needed + starts:
+            if self._compiled(spec, config) is None:
+                ahead.append((spec, config, self.pool.submit(spec, config)))
+        wait([future for spec, config, future in ahead if (spec, config) in needed])
+
+    def compile(self, spec: Spec, config: Config, cases: bool) -> Future[Compiled]:
+        """As ``CompilePool.submit``, but that nothing is compiled again that :meth:`compile_first` compiled."""
+        return self._compiled(spec, config) or self.pool.submit(spec, config, cases)
+
+    def _compiled(self, spec: Spec, config: Config) -> Future[Compiled] | None:
+        known = (future for *job, future in self._ahead[spec.problem] if job == [spec, config])
+        return next((future for future in known if not future.cancelled()), None)
 
     def companions(self, template: Template, problem: Problem) -> dict[str, Config]:
-        """The winners so far and the defaults elsewhere; for ``template`` itself the default."""
-        found = {t.name: t.default(problem, self.device) for t in self.templates.values()}
-        entries = self._store.winners()
-        for t in self.templates.values():
-            if t.name != template.name and (winner := winner_of(entries, self.device, t, problem)) is not None:
-                found[t.name] = Config.from_key(winner.config)
-        return found
+        """What is served for the other templates; for ``template`` itself the default."""
+        defaults = {t.name: t.default(problem, self.device) for t in self.templates.values()}
+        served = {t.name: next(iter(self.starts(t, problem)), defaults[t.name]) for t in self.templates.values()}
+        return {**served, template.name: defaults[template.name]}
 
     def starts(self, template: Template, problem: Problem) -> list[Config]:
-        """What is served for ``template`` at the nearest problems, in this database, nearest first."""
-        ranked = dispatch.candidates(template, problem, self.device, self._store.winners())
-        return [Config.from_key(c.entry.config) for c in ranked if not c.refused][:_STARTS]
+        """What is served for ``template`` at the nearest problems, here and as shipped, best match first."""
+        stored = [*self._store.winners(), *reader.load_shipped(self.device.kind, self.device.cc).entries]
+        ranked = dispatch.candidates(template, problem, self.device, stored)
+        # A GPU's kernels do not run beside what no GPU has run.
+        usable = (c for c in ranked if not c.refused and (self.device.static or not c.entry.static))
+        configs = (Config.from_key(c.entry.config) for c in usable)
+        return list(dict.fromkeys(configs))[:_STARTS]
 
     def ledger(self, template: Template, problem: Problem) -> Ledger:
         return Ledger(self._store, self.device, template, problem, self._run)
@@ -159,23 +184,25 @@ class Run:
 
 
 class Search:
-    """The search for one template at one problem, ``seconds`` long at most (wall time)."""
+    """The search for one template at one problem. share: as ``Shares.of`` its problem."""
 
-    def __init__(self, run: Run, template: Template, problem: Problem, seconds: float) -> None:
+    def __init__(self, run: Run, template: Template, problem: Problem, share: Callable[..., float]) -> None:
         self.run, self.template, self.problem = run, template, problem
         self.key = problem.project(template.fields)
         self.ledger = run.ledger(template, problem)
         self.default = template.default(problem, run.device)
         self.spec = Spec(template.name, problem, run.device, run.companions(template, problem))
         self.seed = zlib.crc32(f"{run.seed} {template.name} {self.key}".encode())
-        self._seconds = seconds
-        self.end = time.monotonic() + seconds
+        self._share = share
+        self.end = time.monotonic() + share()
         self.total = 0
         self.looked_at: int | None = None  # configs, where the ledger does not hold all of them (static tuning)
         self.pace = Pace()
+        self._starts = run.starts(template, problem)
+        self._took: list[float] = []  # seconds to compile a config
 
     def go(self) -> Row:
-        first = [self.default, *self.run.starts(self.template, self.problem)]
+        first = [self.default, *self._starts]
         proposals = Proposals(
             self.template, self.problem, self.run.device, self.run.effort.trials,
             known=self.ledger.times(), first=first, seed=self.seed,
@@ -185,11 +212,12 @@ class Search:
         before = self.ledger.count()
         self.emit("start", f"{before} of {self.total} configs known" if before else "")
         if self.ledger.time(self.default) is None:
-            self.run.compile_defaults(self.problem)
-            compiled = self.run.pool.submit(self.spec, self.default).result()
-            self._record(self.default, self.run.judge.submit(self._judge, self.default, compiled).result())
-            # What it takes to set everything up is no part of the search, but for the end of the whole run.
-            self.end = min(time.monotonic() + self._seconds, self.run.end)
+            self.run.compile_first(self.problem)
+            compiled = self.run.compile(self.spec, self.default, True).result()
+            self._record(self.default, self.run.judge.submit(self._judge, self.default, compiled, True).result())
+            # Where nothing is known that won nearby, something has to be looked at, however long setting up took.
+            self.end = min(time.monotonic() + self._share(0.0 if self._starts else _LEAST), self.run.end)
+            self._took.append(compiled.seconds)
         if self.ledger.time(self.default) is None:
             return self.row(None, None, None, f"the default config does not work: {self._why(self.default)}")
         self._explore(proposals)
@@ -200,21 +228,23 @@ class Search:
     def _explore(self, proposals: Proposals) -> None:
         """Keep the compile pool and the GPU busy and record what they deliver, until the space or the time is over."""
         self.pace.begin(self.ledger.count())
+        most = self.run.pool.jobs + _WAITING
         compiling: dict[Future[Compiled], Config] = {}
         judging: dict[Future[Measured], Config] = {}
         while time.monotonic() < self.end:
-            while len(compiling) + len(judging) < 2 * self.run.pool.jobs and (config := proposals.ask()) is not None:
+            while len(compiling) + len(judging) < most and (config := self._ask(proposals)) is not None:
                 if config == self.default:  # settled first of all
                     proposals.tell(config, self.ledger.time(config))
                     continue
-                compiling[self.run.pool.submit(self.spec, config)] = config
+                compiling[self.run.compile(self.spec, config, False)] = config
             if not compiling and not judging:
                 return
             left = max(0.0, self.end - time.monotonic())
             for future in wait([*judging, *compiling], timeout=left, return_when=FIRST_COMPLETED).done:
                 if future in compiling:
-                    config = compiling.pop(future)
-                    judging[self.run.judge.submit(self._judge, config, future.result())] = config
+                    config, compiled = compiling.pop(future), future.result()
+                    self._took.append(compiled.seconds)
+                    judging[self.run.judge.submit(self._judge, config, compiled, False)] = config
                 else:
                     config = judging.pop(future)
                     proposals.tell(config, self._record(config, future.result()))
@@ -222,15 +252,23 @@ class Search:
         for future in judging.keys() - cancelled:  # has begun: what it costs is spent
             self._record(judging[future], future.result())
 
-    def _judge(self, config: Config, compiled: Compiled) -> Measured:
-        """Verify and time one compiled candidate."""
+    def _ask(self, proposals: Proposals) -> Config | None:
+        """The next config, unless it would not be compiled before the end if that takes as long as it did before. What
+        the search begins with is compiled already."""
+        took = sum(self._took) / max(1, len(self._took))
+        if not proposals.beginning and time.monotonic() + took > self.end:
+            return None
+        return proposals.ask()
+
+    def _judge(self, config: Config, compiled: Compiled, cases: bool) -> Measured:
+        """Verify and time one compiled candidate. cases: see ``Stage.verify``; finalists meet theirs later on."""
         protocol = {**PROTOCOL, "kernels": [k._asdict() for k in compiled.kernels]}
         if compiled.status != "ok":
             return failed(compiled.status, compiled.reason, protocol)
         best, bench = self.ledger.best_ms, self.run.bench
         hopeless = math.inf if best is None else _HOPELESS * best
         try:
-            wrong = bench.verify(self.spec, config)
+            wrong = bench.verify(self.spec, config, cases)
             if wrong is not None:
                 return failed("wrong", wrong, protocol)
             return timed(bench.measure(self.spec, config, self.run.effort.sample_seconds, hopeless), protocol)
@@ -246,7 +284,7 @@ class Search:
 
     def _race(self) -> Row:
         """The default against the fastest others; only one that beats it there replaces it."""
-        finalists = [c for c in self.ledger.ranking() if c != self.default][: self.run.effort.finalists]
+        finalists = self._finalists()
         self.emit("race", f"{len(finalists)} finalists against the default")
         results = self._contest(finalists)
         if self.default not in results:
@@ -257,6 +295,31 @@ class Search:
         winner, best = (self.default, default) if index is None else (others[index], results[others[index]])
         self.ledger.win(winner, default.median, best.median)
         return self.row(winner, default.median, best.median, "")
+
+    def _finalists(self) -> list[Config]:
+        """The fastest that are right on the small problems too. Most candidates are far from this, and are spared the
+        compilation of a second set of kernels."""
+        ranking = [c for c in self.ledger.ranking() if c != self.default]
+        found: list[Config] = []
+        while ranking and (places := self.run.effort.finalists - len(found)) > 0:
+            best, ranking = ranking[:places], ranking[places:]
+            for config, compiled in [(c, self.run.pool.submit(self.spec, c)) for c in best]:
+                wrong = self._confirm(config, compiled.result())
+                if wrong is None:
+                    found.append(config)
+                else:
+                    self._record(config, wrong)
+        return found
+
+    def _confirm(self, config: Config, compiled: Compiled) -> Measured | None:
+        """What is to be recorded of a config that was timed and does not hold, or None."""
+        if compiled.status != "ok":
+            return failed(compiled.status, compiled.reason, PROTOCOL)
+        try:
+            wrong = self.run.bench.verify(self.spec, config)
+        except WorkerError as error:
+            return failed(error.status, str(error), PROTOCOL)
+        return None if wrong is None else failed("wrong", wrong, PROTOCOL)
 
     def _contest(self, finalists: list[Config]) -> dict[Config, Estimate]:
         """Race results, all recorded. Where the race breaks, each finalist meets the default alone, to tell who."""

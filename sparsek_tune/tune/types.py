@@ -12,12 +12,13 @@ from sparsek_tune.problem import Device, Problem
 
 @dataclass(frozen=True)
 class Effort:
-    """How much work a run puts into one template at one problem.
+    """How much work a run puts into one template at one problem, but for ``seconds``.
 
-    trials: configs looked at, those known from earlier runs included; seconds: wall time of the search; sample_seconds:
-    GPU time for timing one config; finalists, race_seconds: size and time of the last race; static_trials: configs
-    compiled where there is no GPU; static_finalists: the most of them that are verified in the interpreter; timeout:
-    wall seconds for one step (compile, verify, measure) of one candidate, after which it is killed.
+    trials: configs looked at, those known from earlier runs included; seconds: wall time of all templates at one
+    problem, setting up included; sample_seconds: GPU time for timing one config; finalists, race_seconds: size and time
+    of the last race; static_trials: configs compiled where there is no GPU; static_finalists: the most of them that are
+    verified in the interpreter; timeout: wall seconds for one step (compile, verify, measure) of one candidate, after
+    which it is killed.
     """
 
     trials: int
@@ -31,9 +32,9 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(20, 30.0, 0.05, 3, 0.5, 4, 2),
-    "default": Effort(80, 150.0, 0.1, 5, 1.0, 6, 2),
-    "full": Effort(400, 900.0, 0.25, 8, 3.0, 48, 6),
+    "quick": Effort(20, 32.0, 0.05, 3, 0.5, 4, 2),
+    "default": Effort(80, 160.0, 0.1, 5, 1.0, 6, 2),
+    "full": Effort(400, 3600.0, 0.25, 8, 3.0, 48, 6),
     "exhaustive": Effort(1_000_000, 7 * 86400.0, 0.1, 8, 3.0, 1_000_000, 6),  # the whole space, however long it takes
 }
 

@@ -1,6 +1,6 @@
 """The real stage on the CPU, with the reference in place of the kernels: right results in the buffers that launch
 functions make, and then what ``damage`` has. A config says which: Config(tile=..., fault=NAME), "late NAME" for the
-timed length alone.
+timed length alone, "small NAME" for the small problems alone.
 
 ``make`` is a stage factory: the worker processes do all that those of a GPU do, but for the kernels and the timing.
 """
@@ -50,9 +50,9 @@ def _new(like, **values):
 
 
 def _done(config, results, call):
-    name = config["fault"].removeprefix("late ")
-    late = name != config["fault"]
-    if name in DAMAGES and (not late or call.scores.shape[-1] == PROBLEM.n):
+    name = config["fault"].removeprefix("late ").removeprefix("small ")
+    where = config["fault"].removesuffix(name).strip()
+    if name in DAMAGES and where in ("", "late" if call.scores.shape[-1] == PROBLEM.n else "small"):
         DAMAGES[name][1](results, call)
     return results
 

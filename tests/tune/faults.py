@@ -58,7 +58,9 @@ class Stage:
             raise RuntimeError("CUDA error: no CUDA-capable device is detected")
         log(f"{self.mode} {self.spec.template} {os.getpid()}")
 
-    def compile(self, config):
+    def compile(self, config, cases=False):
+        if config["fault"] == ("compile error of small problems" if cases else "compile error at length"):
+            raise ValueError("no such instruction")
         print("garbage of a compiler " * 1000)
         match "" if os.environ.get("FAULTS_HEALED") else config["fault"]:
             case "compile error":
@@ -79,7 +81,7 @@ class Stage:
                 return [Kernel("k", 128, 0, 1 << 20, 4)]
         return [Kernel("k", 64, 0, 1024, 4)]
 
-    def verify(self, config):
+    def verify(self, config, cases=True):
         match config["fault"]:
             case "wrong":
                 return "out: relative error 1"
@@ -153,3 +155,11 @@ class Echo:
 
     def unpicklable(self):
         return lambda: None
+
+
+class Slow(Echo):
+    """Takes ``seconds`` to set itself up."""
+
+    def __init__(self, seconds):
+        time.sleep(seconds)
+        super().__init__()

@@ -262,3 +262,31 @@ def test_a_close_that_comes_while_a_process_starts_leaves_none_behind(monkeypatc
     closer.join(20)
     assert not caller.is_alive() and not closer.is_alive() and errors == ["the run is over"]
     assert made[0].wait(20) < 0 and worker.pid is None
+
+
+def test_processes_that_are_started_set_themselves_up_side_by_side():
+    with Worker("faults:Slow", 1.5) as one, Worker("faults:Slow", 1.5) as two:
+        for worker in (one, two):
+            worker.start()
+            worker.start()  # runs already
+        pids, began = [one.pid, two.pid], time.monotonic()
+        assert None not in pids
+        time.sleep(3.0)  # a slow machine needs more, and then the calls wait
+        assert [w.call("echo", 0, timeout=30)[1] for w in (one, two)] == pids
+        assert time.monotonic() - began < 60
+
+
+def test_a_process_that_cannot_set_itself_up_says_so_in_the_first_call():
+    with Worker("faults:Echo", "fail") as worker:
+        worker.start()
+        with pytest.raises(CallFailed, match=r"could not start.*refused"):
+            worker.call("echo", 0, timeout=30)
+        assert worker.pid is None
+
+
+def test_a_process_that_was_started_and_not_called_is_closed():
+    worker = Worker("faults:Echo")
+    worker.start()
+    pid = worker.pid
+    worker.close()
+    assert gone(pid)

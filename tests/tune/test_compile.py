@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,12 @@ from pathlib import Path
 import faults
 import pytest
 import torch
+from triton.runtime._async_compile import active_mode
 
 from sparsek_tune.kernel_templates import TEMPLATES
 from sparsek_tune.kernel_templates.base import Config
 from sparsek_tune.problem import Problem, target_device
-from sparsek_tune.tune.compile import MOST_STACK, CompilePool, infeasible, kernels_of, use_target
+from sparsek_tune.tune.compile import MOST_STACK, CompilePool, infeasible, kernels_of, side_by_side, use_target
 from sparsek_tune.tune.cubin import resources
 from sparsek_tune.tune.stage import FACTORY
 from sparsek_tune.tune.types import Kernel, Spec
@@ -101,3 +103,34 @@ def test_the_pool_compiles_real_candidates_for_a_target_without_a_gpu(capfd):
     assert good.kernels[0].registers > 32 and good.kernels[0].shared > 0
     assert bad.status == "infeasible" and bad.reason.startswith("forward_kernel: shared memory")
     assert capfd.readouterr().out == ""
+
+
+def test_a_candidate_is_two_halves_and_both_must_do():
+    with CompilePool(faults.FACTORY, jobs=2) as pool:
+        for fault in ("compile error of small problems", "compile error at length"):
+            config = Config(tile=16, fault=fault)
+            assert pool.submit(SPEC, config).result().status == "compile"
+            timed = pool.submit(SPEC, config, cases=False).result()
+            assert timed.status == ("ok" if "small" in fault else "compile")
+        spills = pool.submit(SPEC, Config(tile=16, fault="spills")).result()
+    assert spills.status == "infeasible" and spills.seconds > 0
+
+
+def test_threads_compile_what_one_would_and_errors_come_with_the_result():
+    class Compiled:
+        def __init__(self, key):
+            if key == "bad":
+                raise ValueError("no such instruction")
+            self.key, self.thread = key, threading.get_ident()
+
+    def compile(key):
+        return active_mode.get().submit(key, lambda: Compiled(key), lambda kernel: None)
+
+    with side_by_side():
+        futures = [compile(key) for key in ("a", "b", "bad", "a")]
+    assert [f.result().key for f in (futures[0], futures[1], futures[3])] == ["a", "b", "a"]
+    assert futures[0].result().thread != threading.get_ident()
+    with pytest.raises(ValueError, match="no such instruction"):
+        futures[2].result()
+    with side_by_side():  # an error leaves nothing behind
+        pass

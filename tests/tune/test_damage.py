@@ -209,11 +209,19 @@ def test_a_sample_sees_a_wrong_selection(case):
 
 TINY = types.Effort(40, 120.0, 0.01, 3, 0.01, 4, 2, timeout=60.0)
 CANDIDATES = {  # fault: what its reason says
-    "one entry of out is nan": "normal scores, n=461: out: relative error nan",
+    "one entry of out is nan": "n=512, against the default config: out: relative error nan",
     "late one tile is a tenth too large": "n=512, against the default config",
     "writes after the end": "MemoryCorrupted: out: written after its end",
-    "changes an input": r"MemoryCorrupted: written though only read, or beside it: key \(normal scores, n=461\)",
+    "changes an input": "MemoryCorrupted: written though only read, or beside it: key",
+    "small one tile is a tenth too large": "normal scores, n=461: out",
+    "small changes an input": r"MemoryCorrupted: written though only read, or beside it: key \(normal scores, n=461\)",
 }
+
+
+def _works(config, problem, device):
+    """The fastest of all are wrong on small problems alone, then comes a right one, then the rest."""
+    tile = 128 if config["fault"].startswith("small") else 32
+    return None if config["tile"] == tile or config == Config(tile=64, fault="none") else "one is enough"
 
 
 def test_a_process_that_was_damaged_judges_nobody_else(tmp_path, monkeypatch):
@@ -223,13 +231,11 @@ def test_a_process_that_was_damaged_judges_nobody_else(tmp_path, monkeypatch):
         name="forward",
         fields=frozenset({"n"}),
         space=(
-            Param("tile", Pow2(32, 64)),
+            Param("tile", Pow2(32, 128)),
             Param("fault", Choice(("none", *CANDIDATES, "changes an input when timed"))),
         ),
         default=lambda problem, device: Config(tile=32, fault="none"),
-        check=lambda config, problem, device: (
-            None if config["tile"] == 32 or config["fault"] == "none" else "one is enough"
-        ),
+        check=_works,
         cost=lambda config, problem: Cost(1e12, 1e6),
         sources=(__file__,),
     )
@@ -241,8 +247,8 @@ def test_a_process_that_was_damaged_judges_nobody_else(tmp_path, monkeypatch):
         (row,) = tune([PROBLEM], faults.DEVICE, store, **options)
         results = {r.config: r.result for r in store.measurements(faults.DEVICE, template, PROBLEM)}
     for fault, words in CANDIDATES.items():
-        result = results[Config(tile=32, fault=fault)]
+        result = results[Config(tile=128 if fault.startswith("small") else 32, fault=fault)]
         assert result.status == "wrong" and re.search(words, result.reason), result
     timed = results[Config(tile=32, fault="changes an input when timed")]
     assert timed.status == "wrong" and "key" in timed.reason and "n=461" not in timed.reason
-    assert row.config == Config(tile=64, fault="none") and row.wrong == 5 and row.failed == 0
+    assert row.config == Config(tile=64, fault="none") and row.wrong == 7 and row.failed == 0

@@ -7,7 +7,7 @@ import math
 import faults
 import pytest
 
-from sparsek_tune.tune.pace import Outlook, Pace
+from sparsek_tune.tune.pace import Outlook, Pace, Shares
 from sparsek_tune.tune.types import Event
 
 
@@ -110,3 +110,27 @@ def test_a_search_that_cannot_tell_is_taken_at_its_limit(clock):
     see("start", "a", None)
     clock.now += 50
     assert see("trial", "a", None).run_seconds_left == pytest.approx(100)
+
+
+def test_the_kernels_of_a_problem_share_its_time(clock):
+    a, b = faults.PROBLEM, faults.PROBLEM._replace(n=2048)
+    shares = Shares(100.0, math.inf, [a, a, a, a, b], clock)
+    assert shares.of(a) == 25
+    clock.now += 60  # what setting up takes is missing to all
+    assert shares.of(a) == 10
+    clock.now += 1
+    shares.done(a)
+    assert shares.of(a) == 13
+    clock.now += 100
+    assert shares.of(a) <= 0 and shares.of(a, 5.0) == 5
+    assert shares.of(b) == 100  # begins now
+
+
+def test_the_end_of_the_run_limits_every_share(clock):
+    a, b = faults.PROBLEM, faults.PROBLEM._replace(n=2048)
+    shares = Shares(100.0, clock.now + 30, [a, b, b], clock)
+    assert shares.of(a, 20.0) == 10
+    shares.done(a)
+    assert shares.of(b) == 15
+    clock.now += 40
+    assert shares.of(b, 20.0) == 0

@@ -11,9 +11,12 @@ import time
 import faults
 import pytest
 
+from sparsek_tune.db import reader
+from sparsek_tune.db.reader import Winners
 from sparsek_tune.db.store import Measured, Store
 from sparsek_tune.kernel_templates.base import Config
 from sparsek_tune.tune import EFFORTS, types
+from sparsek_tune.tune.compile import CompilePool
 from sparsek_tune.tune.tuner import tune
 
 TINY = types.Effort(40, 60.0, 0.01, 3, 0.01, 4, 2, timeout=3.0)
@@ -294,3 +297,65 @@ def test_no_process_outlives_a_run(store, monkeypatch, tmp_path):
     go(store, faults.template(tiles=(32, 64), faults=("none", "hang")))
     pids = {int(line.split()[-1]) for line in log.read_text().splitlines()}
     assert len(pids) >= 3 and os.getpid() not in pids and all(gone(pid) for pid in pids)
+
+
+@pytest.fixture
+def submitted(monkeypatch):
+    """What was given to the compile pool, in order: (template, config, cases)."""
+    seen, real = [], CompilePool.submit
+
+    def spy(self, spec, config, cases=True):
+        seen.append((spec.template, config, cases))
+        return real(self, spec, config, cases)
+
+    monkeypatch.setattr(CompilePool, "submit", spy)
+    return seen
+
+
+def test_what_searches_begin_with_is_compiled_first_and_once(store, submitted):
+    one, two = faults.template("one", tiles=(16, 1024)), faults.template("two", tiles=(16, 1024))
+    go(store, one, two, kernels=["one"])
+    submitted.clear()
+    go(store, one, two, problems=[faults.PROBLEM._replace(n=2048)])
+    default, best = Config(tile=32, fault="none"), Config(tile=1024, fault="none")
+    assert submitted[:3] == [("one", default, True), ("one", best, True), ("two", default, True)]
+    timed = [(name, config) for name, config, cases in submitted if not cases]
+    assert len(set(timed)) == len(timed) and ("one", best) not in timed and ("one", default) not in timed
+
+
+def test_what_is_shipped_is_tried_and_stands_beside_others(store, companions, monkeypatch):
+    one, two = faults.template("one", tiles=(16, 2048)), faults.template("two")
+    go(store, one, kernels=["one"])
+    entries = store.winners()
+    monkeypatch.setattr(reader, "load_shipped", lambda kind, cc: Winners(tuple(entries)))
+    monkeypatch.setitem(EFFORTS, "tiny", dataclasses.replace(TINY, trials=2))
+    with Store(store.path.with_name("empty.db")) as empty:
+        one_row, _ = go(empty, one, two, problems=[faults.PROBLEM._replace(n=2048)])
+        assert one_row.tried == 2 and one_row.config == Config(tile=2048, fault="none")
+        companions.clear()
+    with Store(store.path.with_name("another.db")) as another:
+        go(another, one, two, kernels=["two"])
+    assert companions["two"]["one"] == Config(tile=2048, fault="none")
+
+
+def test_what_no_gpu_has_run_does_not_stand_beside_a_gpus_kernels(store, companions, monkeypatch):
+    one, two = faults.template("one"), faults.template("two")
+    go(store, one, kernels=["one"])
+    entries = tuple(e._replace(static=True) for e in store.winners())
+    monkeypatch.setattr(reader, "load_shipped", lambda kind, cc: Winners(entries))
+    with Store(store.path.with_name("empty.db")) as empty:
+        go(empty, one, two, kernels=["two"])
+    assert companions["two"]["one"] == Config(tile=32, fault="none")
+
+
+def test_a_config_that_would_not_be_compiled_in_time_is_not_asked_for(store, monkeypatch):
+    """The default takes long to compile: no time is left for what takes as long again."""
+    monkeypatch.setitem(EFFORTS, "tiny", dataclasses.replace(TINY, seconds=6.0))
+    real = CompilePool._compile
+
+    def slow(self, *arguments):
+        return real(self, *arguments)._replace(seconds=3600.0)
+
+    monkeypatch.setattr(CompilePool, "_compile", slow)
+    (row,) = go(store, faults.template())
+    assert row.tried == 1 and row.config == Config(tile=32, fault="none")
