@@ -27,6 +27,7 @@ STRATEGIES = (
     "cma-es",
     "random",
     "coordinate",
+    "descent-tpe",
     "exhaustive",
     "static",
     "helion-pattern",
@@ -52,7 +53,7 @@ _EARLIER = click.Path(path_type=Path, dir_okay=False, exists=True, readable=True
     "--trials", type=click.IntRange(1), default=100, show_default=True,
     help="Measurements of a replay at most; exhaustive takes all.",
 )  # fmt: skip
-@click.option("--ahead", type=click.IntRange(1), default=32, show_default=True, help="Configs in flight at most.")
+@click.option("--ahead", type=click.IntRange(1), default=18, show_default=True, help="Configs in flight at most.")
 @click.option(
     "--start", type=click.Choice(("cold", "warm", "blind")), default="cold", show_default=True,
     help="What a search looks at first: the default config, also the winners at other problems, or nothing.",

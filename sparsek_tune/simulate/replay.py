@@ -13,7 +13,7 @@ from sparsek_tune.kernel_templates.base import Config
 from sparsek_tune.simulate.landscape import Landscape
 
 JOBS = 16  # compile processes
-AHEAD = 2 * JOBS  # configs in flight, as the tuner keeps them
+AHEAD = JOBS + 2  # configs in flight, as the tuner keeps them
 COMPILE_SECONDS = {"forward": JOBS / 2.5}  # of one config in one process: 16 processes give 2 to 3 a second
 OTHER_COMPILE_SECONDS = 5.0
 _SPREAD = 2.0  # compile seconds lie between their usual value over this and times this
