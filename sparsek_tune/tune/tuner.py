@@ -262,7 +262,8 @@ class Search:
 
     def _judge(self, config: Config, compiled: Compiled, cases: bool) -> Measured:
         """Verify and time one compiled candidate. cases: see ``Stage.verify``; finalists meet theirs later on."""
-        protocol = {**PROTOCOL, "kernels": [k._asdict() for k in compiled.kernels]}
+        spent = {"compile_seconds": round(compiled.seconds, 3)}
+        protocol = {**PROTOCOL, "kernels": [k._asdict() for k in compiled.kernels], **spent}
         if compiled.status != "ok":
             return failed(compiled.status, compiled.reason, protocol)
         best, bench = self.ledger.best_ms, self.run.bench
