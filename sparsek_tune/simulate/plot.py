@@ -11,6 +11,7 @@ from sparsek_tune.simulate.results import LEVEL
 
 _AXES = (("by_measurements", "measurements"), ("by_seconds", "seconds (model of the clock)"))
 _POINTS = 200
+_COLOURS = 10  # of matplotlib's cycle
 
 
 def draw(document: Mapping[str, Any], path: Path) -> None:
@@ -33,7 +34,7 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
             for number, name in enumerate(names):
                 mine = [r[key] for r in group if r["strategy"] == name]
                 if mine:
-                    _line(ax, name, f"C{number}", band(mine))
+                    _line(ax, name, number, band(mine))
             ax.axhline(LEVEL, color="black", linewidth=0.6, linestyle=":")
             ax.set(xscale="log", xlabel=label, ylabel="best found / optimum", title=title, ylim=_limits(ax))
             ax.grid(alpha=0.25)
@@ -54,9 +55,10 @@ def band(curves: Sequence[Sequence[Sequence[float]]]) -> list[tuple[float, float
     return points
 
 
-def _line(ax: Any, name: str, colour: str, points: Sequence[tuple[float, float, float, float]]) -> None:
+def _line(ax: Any, name: str, number: int, points: Sequence[tuple[float, float, float, float]]) -> None:
     xs, low, median, high = zip(*points, strict=True)
-    ax.step(xs, median, where="post", color=colour, label=name, linewidth=1.5)
+    colour, style = f"C{number}", "-" if number < _COLOURS else "--"
+    ax.step(xs, median, where="post", color=colour, linestyle=style, label=name, linewidth=1.5)
     ax.fill_between(xs, low, high, step="post", color=colour, alpha=0.12, linewidth=0)
 
 
