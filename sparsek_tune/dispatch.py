@@ -226,7 +226,7 @@ def candidates(template: Template, problem: Problem, device: Device, entries: It
         if entry.template == template.name:
             try:
                 why, distance = _mismatch(entry, template, problem, device)
-                why = why or _unusable(entry, template, problem, device)
+                why = why or unusable(entry, template, problem, device)
             except Exception as error:  # whatever is in a file: the others may serve
                 why, distance = f"not readable ({error})", math.inf
             found.append(Candidate(entry, _grade(entry, distance), distance, why))
@@ -240,16 +240,22 @@ def candidates(template: Template, problem: Problem, device: Device, entries: It
     return found
 
 
+def foreign(entry: Entry, template: Template, problem: Problem, device: Device) -> str:
+    """Why ``entry`` says nothing of ``problem``, however near; "" where its distance counts."""
+    if entry.device.cc != device.cc:
+        return "for another compute capability"
+    if entry.source_hash != template.source_hash:
+        return "from another version of the kernel's source"
+    wanted = problem.project(template.fields)
+    differ = (name for name in HARD if getattr(entry.problem, name) != getattr(wanted, name))
+    return next((f"for another {name}" for name in differ), "")
+
+
 def _mismatch(entry: Entry, template: Template, problem: Problem, device: Device) -> tuple[str, float]:
     """Why ``entry`` must not serve ("" if it may); its distance in octaves."""
-    if entry.device.cc != device.cc:
-        return "for another compute capability", math.inf
-    if entry.source_hash != template.source_hash:
-        return "from another version of the kernel's source", math.inf
+    if why := foreign(entry, template, problem, device):
+        return why, math.inf
     wanted = problem.project(template.fields)
-    for name in HARD:
-        if getattr(entry.problem, name) != getattr(wanted, name):
-            return f"for another {name}", math.inf
     total, far = 0.0, ""
     for name, most in MAX_OCTAVES.items():
         octaves = _octaves(getattr(entry.problem, name), getattr(wanted, name))
@@ -278,8 +284,8 @@ def _grade(entry: Entry, distance: float) -> str:
     return "exact" if distance == 0 else "near"
 
 
-def _unusable(entry: Entry, template: Template, problem: Problem, device: Device) -> str:
-    """Why the config of ``entry`` cannot run here; "" where it can."""
+def unusable(entry: Entry, template: Template, problem: Problem, device: Device) -> str:
+    """Why the config of ``entry`` cannot run here, however near; "" where it can."""
     try:
         config = _config(entry.config)
         if not template.contains(config):

@@ -32,7 +32,7 @@ from sparsek_tune.tune.types import EFFORTS, Effort, Event, OnEvent, Row, Spec, 
 _HOPELESS = 1.5  # a candidate whose whole interval lies above this multiple of the best is not sampled further
 _LEAST = 5.0  # seconds for the search of a kernel of which no winner is known nearby
 _WAITING = 2  # candidates that wait for a free compiler: more would be proposed without the results of those before
-_STARTS = 3  # winners of other problems that a search begins with
+_STARTS = 4  # winners of other problems that a search begins with
 
 
 def tune(
@@ -139,9 +139,9 @@ class Run:
         for t in self.templates.values():
             spec = Spec(t.name, problem, self.device, self.companions(t, problem))
             default = t.default(problem, self.device)
-            served, *others = self.starts(t, problem) or [default]
-            needed += [(spec, default), (spec, served)]
-            starts += [(spec, config) for config in others]
+            needed.append((spec, default))
+            needed += [(spec, config) for config in self._won(t, problem)[0][:1]]
+            starts += [(spec, config) for config in self.starts(t, problem)]
         ahead = self._ahead[problem]
         for spec, config in needed + starts:
             if self._compiled(spec, config) is None:
@@ -159,17 +159,29 @@ class Run:
     def companions(self, template: Template, problem: Problem) -> dict[str, Config]:
         """What is served for the other templates; for ``template`` itself the default."""
         defaults = {t.name: t.default(problem, self.device) for t in self.templates.values()}
-        served = {t.name: next(iter(self.starts(t, problem)), defaults[t.name]) for t in self.templates.values()}
-        return {**served, template.name: defaults[template.name]}
+        served = {t.name: self._won(t, problem)[0] for t in self.templates.values() if t.name != template.name}
+        return defaults | {name: configs[0] for name, configs in served.items() if configs}
 
     def starts(self, template: Template, problem: Problem) -> list[Config]:
-        """What is served for ``template`` at the nearest problems, here and as shipped, best match first."""
+        """What won for ``template`` at the nearest problems, here and as shipped, nearest first, some of them too far
+        away to be served."""
+        served, far = self._won(template, problem)
+        return [*served, *far][:_STARTS]
+
+    def _won(self, template: Template, problem: Problem) -> tuple[list[Config], list[Config]]:
+        """Winners that may be served at ``problem``, best match first, and others of like problems, nearest first."""
         stored = [*self._store.winners(), *reader.load_shipped(self.device.kind, self.device.cc).entries]
         ranked = dispatch.candidates(template, problem, self.device, stored)
-        # A GPU's kernels do not run beside what no GPU has run.
-        usable = (c for c in ranked if not c.refused and (self.device.static or not c.entry.static))
-        configs = (Config.from_key(c.entry.config) for c in usable)
-        return list(dict.fromkeys(configs))[:_STARTS]
+        like = [
+            c for c in ranked
+            # A GPU's kernels do not run beside what no GPU has run.
+            if (self.device.static or not c.entry.static)
+            and not dispatch.foreign(c.entry, template, problem, self.device)
+            and not dispatch.unusable(c.entry, template, problem, self.device)
+        ]  # fmt: skip
+        served = list(dict.fromkeys(Config.from_key(c.entry.config) for c in like if not c.refused))
+        far = dict.fromkeys(Config.from_key(c.entry.config) for c in like if c.refused)
+        return served, [config for config in far if config not in served]
 
     def ledger(self, template: Template, problem: Problem) -> Ledger:
         return Ledger(self._store, self.device, template, problem, self._run)
@@ -211,8 +223,9 @@ class Search:
         stored = self.ledger.winner()
         before = self.ledger.count()
         self.emit("start", f"{before} of {self.total} configs known" if before else "")
-        if self.ledger.time(self.default) is None:
+        if self.total > before:
             self.run.compile_first(self.problem)
+        if self.ledger.time(self.default) is None:
             compiled = self.run.compile(self.spec, self.default, True).result()
             self._record(self.default, self.run.judge.submit(self._judge, self.default, compiled, True).result())
             # Where nothing is known that won nearby, something has to be looked at, however long setting up took.

@@ -359,3 +359,26 @@ def test_a_config_that_would_not_be_compiled_in_time_is_not_asked_for(store, mon
     monkeypatch.setattr(CompilePool, "_compile", slow)
     (row,) = go(store, faults.template())
     assert row.tried == 1 and row.config == Config(tile=32, fault="none")
+
+
+def test_what_won_too_far_away_to_be_served_is_tried_where_it_fits_and_stands_beside_nothing(
+    store, companions, monkeypatch, tmp_path
+):
+    def check(config, problem, device):
+        return "too large" if config["tile"] == 2048 and problem.n == 2048 else None
+
+    one = faults.template("one", tiles=(16, 2048), fields=("n",), check=check)
+    go(store, one, problems=[faults.PROBLEM._replace(n=1 << 17)])
+    (entry,) = store.winners()
+    default, second, best = (Config(tile=tile, fault="none") for tile in (32, 1024, 2048))
+    assert entry.config == best.key
+    further = entry._replace(config=second.key, problem=entry.problem._replace(n=1 << 18))
+    monkeypatch.setattr(reader, "load_shipped", lambda kind, cc: Winners((further, entry)))
+    monkeypatch.setitem(EFFORTS, "tiny", dataclasses.replace(TINY, trials=2))
+    for n, winner in ((1024, best), (2048, second)):
+        problem = faults.PROBLEM._replace(n=n)
+        with Store(tmp_path / f"{n}.db") as empty:
+            go(empty, one, faults.template("two"), kernels=["two"], problems=[problem])
+            assert companions["two"]["one"] == default
+            (row,) = go(empty, one, problems=[problem])
+        assert row.tried == 2 and row.config == winner
