@@ -217,7 +217,7 @@ class Search:
         first = [self.default, *self._starts]
         proposals = Proposals(
             self.template, self.problem, self.run.device, self.run.effort.trials,
-            known=self.ledger.times(), first=first, seed=self.seed,
+            known=self.ledger.times(), first=first, seed=self.seed, sampler=self.run.effort.sampler,
         )  # fmt: skip
         self.total = proposals.total
         stored = self.ledger.winner()
