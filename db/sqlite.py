@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from sparsek_tune.db import reader
 from sparsek_tune.db.errors import CorruptError, ReadOnlyError, explain
 from sparsek_tune.db.reader import BUSY_SECONDS, schema_version
 
@@ -27,6 +28,29 @@ def connect(path: Path) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def connect_read_only(path: Path) -> sqlite3.Connection:
+    """A read-only connection that shows today's tables: an older file stays as it is, a copy in memory is brought up.
+
+    Raises DatabaseError, sqlite3.Error.
+    """
+    connection = reader.connect(path)
+    try:
+        if schema_version(connection, path) == reader.SCHEMA_VERSION:
+            return connection
+        copy = sqlite3.connect(":memory:", isolation_level=None)
+        try:
+            connection.backup(copy)
+            _migrate(copy, path)
+        except BaseException:
+            copy.close()
+            raise
+    except BaseException:
+        connection.close()
+        raise
+    connection.close()
+    return copy
 
 
 def prepare(path: Path) -> None:
