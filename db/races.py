@@ -2,10 +2,10 @@
 them.
 
 A race stands unless a later one replaced those of the run whose measurement won it. Of those that stand the one with
-the best evidence is served: measured before static, then the higher speed-up over the default, then the narrower interval,
-then the later measurement: a total order. So what is served depends on the set of races alone, not on the order in
-which a database learnt of them. A race that is held again replaces what that database served; no old copy brings that
-back.
+the best evidence is served: measured before static, then the higher speed-up over the default, then the narrower
+interval, then the later measurement: a total order. So what is served depends on the set of races alone, not on the
+order in which a database learnt of them. A race that is held again replaces what that database served; no old copy
+brings that back.
 """
 
 from __future__ import annotations

@@ -73,8 +73,8 @@ def read(file: TextIO, name: str) -> list[Record]:
 
 
 def _with_races(records: Iterable[Record]) -> list[Record]:
-    """Records of version 1, which knew of each winner's last race alone, as those of today, by the rule of migration 0002:
-    decided not before the newest attempt, in sight of every attempt that could have won an earlier one."""
+    """Records of version 1, which knew of each winner's last race alone, as those of today. By the rule of migration
+    0002: decided not before the newest attempt, in sight of every attempt that could have won an earlier one."""
     records = list(records)
     newest: dict[str, str] = {}
     known: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
