@@ -189,6 +189,15 @@ class _Taking:
         return row.id
 
 
+def snapshot(store: Store, target: Path) -> str:
+    """:func:`freeze` what ``store`` holds, wherever it is."""
+    if isinstance(store.path, Path):
+        return freeze(store.path, target)
+    with tempfile.TemporaryDirectory() as scratch, Store(Path(scratch) / "copy.db") as copy:
+        add(copy, export(store))
+        return freeze(Path(copy.path), target)
+
+
 def freeze(source: Path, target: Path) -> str:
     """Write a snapshot of the database ``source`` to ``target``: one file, whole or not there, that may not be written
     and needs no other beside it, in any directory. Returns its SHA-256. Raises DatabaseError; an existing file stays.

@@ -44,14 +44,15 @@ def main() -> None:
 
 
 @main.command()
+@options.storage_option
 @as_json_option
 @guarded
-def show(as_json: bool) -> None:
+def show(storage: Path | str | None, as_json: bool) -> None:
     """List what the database holds: per GPU, kernel and problem the attempts and the winner."""
     from sparsek_tune.db.store import Store
     from sparsek_tune.display import table
 
-    with Store(read_only=True) as store:
+    with Store(storage, read_only=True) as store:
         found, path = store.summary(), str(store.path)
     if as_json:
         print_json(database=path, entries=[_summary(s) for s in found])

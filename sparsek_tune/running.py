@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @options.target_option
 @options.device_option
+@options.storage_option
 @click.option(
     "--json", "as_lines", is_flag=True,
     help="Print every event as it comes, one JSON document a line, instead of a table at the end. "
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 @guarded
 def run_command(
     models: tuple[str, ...], texts: tuple[str, ...], captures: tuple[Path, ...], effort: str, budget: float | None,
-    kernels: tuple[str, ...], target: str | None, index: int | None, as_lines: bool,
+    kernels: tuple[str, ...], target: str | None, index: int | None, storage: Path | str | None, as_lines: bool,
 ) -> None:  # fmt: skip
     """Tune every kernel for the given shapes and store the winners.
 
@@ -66,7 +67,7 @@ def run_command(
         if device.static:
             name = device.name.removeprefix("target ")
             click.echo(f"No GPU is used: static tuning for {name} (compiled and verified, not timed).", err=True)
-        with Store() as store:
+        with Store(storage) as store:
             click.echo(f"{len(problems)} problem(s) on {device.name}; database {store.path}", err=True)
             lines.begin(store.path, device, effort, budget, problems)
             wanted = {"effort": effort, "budget": budget, "kernels": kernels or None}
