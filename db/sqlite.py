@@ -130,7 +130,11 @@ def is_network(path: Path, mounts: Path = Path("/proc/mounts")) -> bool:
 
 def migrations() -> dict[int, str]:
     """Schema version to the SQL that leads to it."""
-    return {int(file.name[:4]): file.read_text(encoding="utf-8") for file in sorted(MIGRATIONS.glob("*.sql"))}
+    return migrations_of(MIGRATIONS)
+
+
+def migrations_of(folder: Path) -> dict[int, str]:
+    return {int(file.name[:4]): file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.sql"))}
 
 
 def _check(connection: sqlite3.Connection, path: Path) -> None:
