@@ -79,6 +79,7 @@ def connect_read_only(path: Path) -> sqlite3.Connection:
         try:
             connection.backup(copy)
             _migrate(copy, path)
+            copy.execute("PRAGMA query_only = ON")
         except BaseException:
             copy.close()
             raise

@@ -34,7 +34,7 @@ def ends(folder, exports):
     for i, order in enumerate(
         itertools.islice(itertools.permutations(exports), 0, None, max(1, len(exports) ** 2 // 4))
     ):
-        if i == 6:
+        if i == 4:
             break
         with Store(folder / f"end{len(list(folder.iterdir()))}.db") as store:
             for taken in (*order, order[0]):
@@ -63,7 +63,7 @@ RACE = st.tuples(
 SHARE = st.tuples(st.just("share"), DATABASES)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.lists(st.one_of(RACE, SHARE), min_size=2, max_size=6))
 def test_imports_in_any_order_give_the_same_winners(tmp_path_factory, acts):
     """Two databases race and take over from each other; every state that they were ever in is exported."""
@@ -184,17 +184,19 @@ def test_races_know_those_that_they_replaced_alone(path):
     assert [len(r["races"][0]["known"]) for r in found] == [1, 2, 2, 2, 2]
 
 
-def test_an_older_file_that_may_only_be_read_is_shown_as_today_and_stays(path, tmp_path):
-    before = lzma.decompress(RELEASED.read_bytes())
-    path.write_bytes(before)
+@pytest.mark.parametrize("journal", ["wal", "delete"])
+def test_an_older_file_that_may_only_be_read_is_shown_as_today_and_stays(path, tmp_path, journal):
+    path.write_bytes(lzma.decompress(RELEASED.read_bytes()))
+    assert execute(path, f"PRAGMA journal_mode = {journal}") == [(journal,)]
+    before = path.read_bytes()
     with Store(tmp_path / "ours.db") as ours, Store(path, read_only=True) as other:
         found = transfer.export(other)
         assert sum(len(r["races"]) for r in found) == sum(r["winner"] is not None for r in found) > 1
         transfer.add(ours, found)
         assert ours.winners() == other.winners() and len(ours.summary()) == len(other.summary())
-        with pytest.raises(errors.DatabaseError):
+        with pytest.raises(errors.ReadOnlyError):
             add(other)
-    assert path.read_bytes() == before and list(path.parent.glob("cache.db-*")) == []
+    assert path.read_bytes() == before
     frozen = tmp_path / "job.db"
     transfer.freeze(path, frozen)
     with Store(frozen, read_only=True) as store:
