@@ -6,14 +6,15 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 from sparsek_tune.command import BROKEN, Fault, fault_of
+from sparsek_tune.kernel_templates.base import Config
 from sparsek_tune.problem import Device, Problem
-from sparsek_tune.tune.types import Event, Row
+from sparsek_tune.tune.types import Event, Row, Trial
 
 VERSION = 1
 SCHEMA = Path(__file__).with_name("event.schema.json")
@@ -72,6 +73,18 @@ class EventLines:
             self._broken = error
             _discard(self._out)
             self._out = None
+
+
+def event_of(document: Mapping[str, Any]) -> Event | None:
+    """The event that a line holds, None where it is the line of a run's beginning or end."""
+    if document["event"] in ("run", "end"):
+        return None
+    fields = {name: document[name] for name in Event._fields if name != "kind"}
+    trial, row = fields["trial"], fields["row"]
+    fields["problem"] = Problem(**fields["problem"])
+    fields["trial"] = None if trial is None else Trial(**{**trial, "config": Config(trial["config"])})
+    fields["row"] = None if row is None else row_of(row)
+    return Event(document["event"], **fields)
 
 
 def _row(row: Row) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class Studies:
 
     @classmethod
     def beside(cls, database: Path, again: Callable[[optuna.Study, FrozenTrial], None] | None = None) -> Studies:
-        """Those of a database file. A file there that is none of this version's is put aside, as NAME.studies.db.old."""
+        """Those of a database file. A file that is none of this version's is put aside, as NAME.studies.db.old."""
         path = path_beside(database)
         url = f"sqlite:///{path}"
         try:
@@ -225,13 +225,13 @@ def _storage(url: str, again: Callable[[optuna.Study, FrozenTrial], None] | None
     file = url.startswith("sqlite")
     # sqlite3 must not begin transactions by itself: see _immediately.
     options = {"connect_args": {"timeout": _BUSY_SECONDS, "isolation_level": None}} if file else {"pool_pre_ping": True}
-    names = inspect.signature(RDBStorage).parameters
-    callback = (
-        "heartbeat_stale_trial_callback" if "heartbeat_stale_trial_callback" in names else "failed_trial_callback"
-    )
+    callback: Any = "heartbeat_stale_trial_callback"
+    if callback not in inspect.signature(RDBStorage).parameters:  # before Optuna 4.9
+        callback = "failed_trial_callback"
+    dead: Any = {callback: again}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        storage = RDBStorage(url, options, heartbeat_interval=INTERVAL, grace_period=GRACE, **{callback: again})
+        storage = RDBStorage(url, options, heartbeat_interval=INTERVAL, grace_period=GRACE, **dead)
     if file:
         event.listen(storage.engine, "connect", _quick)
         event.listen(storage.engine, "begin", _immediately)

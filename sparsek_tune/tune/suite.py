@@ -1,12 +1,11 @@
 """A suite: the problems of one run, a waiting trial each, which processes on equal GPUs take one by one.
 
 Each kernel (a template at a projected problem) belongs to one problem of its suite. While a process drives a problem,
-the trial names the search that it is at; who finds no problem to take helps there. The rows of the problem end the trial.
+the trial names the search that it is at; who finds no problem to take helps there. The problem's rows end the trial.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
@@ -17,11 +16,11 @@ from typing import Any, NamedTuple
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from sparsek_tune.kernel_templates.base import Config, Template
+from sparsek_tune.kernel_templates.base import Template
 from sparsek_tune.problem import Device, Problem
 from sparsek_tune.tune import studies
 from sparsek_tune.tune.studies import Studies
-from sparsek_tune.tune.types import Row
+from sparsek_tune.tune.types import Row, row_of
 
 _TRIES = 3  # processes that may die at one problem
 
@@ -79,8 +78,16 @@ class Suite:
         study = shared.study(name, {"suite": dict(about)})
         for problem, names in work:
             shared.add(study, TrialState.WAITING, {"problem": problem._asdict(), "kernels": names, "tries": 1})
-        shared.set(study, "complete", True)
         return cls(shared, name)
+
+    def sister(self, device: Device, other: Device) -> Suite:
+        """The same work for another device than this suite's, ``device``."""
+        name = self.name.replace(studies.fingerprint(device), studies.fingerprint(other), 1)
+        study = self._studies.study(name, {"suite": self.about})
+        for trial in self._studies.trials(self._study):
+            about = {**{key: trial.user_attrs[key] for key in ("problem", "kernels")}, "tries": 1}
+            self._studies.add(study, TrialState.WAITING, about)
+        return Suite(self._studies, name)
 
     @classmethod
     def joinable(cls, shared: Studies, device: Device, templates: Mapping[str, Template]) -> list[Suite]:
@@ -142,13 +149,3 @@ class Suite:
         if time.monotonic() > self._buried + studies.GRACE / 4:
             self._studies.bury(self._study)
             self._buried = time.monotonic()
-
-
-def row_of(fields: Mapping[str, Any]) -> Row:
-    """A row from its JSON form."""
-    config = fields["config"]
-    if isinstance(config, str):
-        config = json.loads(config)
-    return Row(
-        **{**fields, "problem": Problem(**fields["problem"]), "config": None if config is None else Config(config)}
-    )

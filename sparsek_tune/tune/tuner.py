@@ -86,8 +86,7 @@ def join(
     templates: Mapping[str, Template] = TEMPLATES,
     factory: str = FACTORY,
 ) -> int:
-    """Work at the suites of ``device`` and these kernel sources (suite: at the one of this name), until none is left
-    and for ``wait`` seconds none has come; how many there were. Raises StudiesError where the studies cannot be used."""
+    """See :func:`sparsek_tune.tune.join`."""
     last, done = time.monotonic(), 0
     with closing(Studies.beside(store.path, again)) as shared:
         while True:
@@ -209,7 +208,7 @@ class Run:
                 suite.finish(claim, done)
             elif suite.over():
                 return
-            elif not any([self._help(search) for search in suite.searches()]):
+            elif not any(self._help(search) for search in suite.searches()):
                 time.sleep(_POLL)
 
     def _drive(
@@ -312,7 +311,7 @@ class Run:
 
 
 class Search:
-    """The search for one template at one problem. share: as ``Shares.of`` its problem; tell: for others, who may help."""
+    """The search for one template at one problem. share: as ``Shares.of`` its problem; tell: others, who may help."""
 
     def __init__(
         self, run: Run, template: Template, problem: Problem, share: Callable[..., float],
