@@ -184,7 +184,8 @@ class Run:
                 finally:
                     suite.withdraw()  # what is left of it, after an interrupt or the end of the budget
                 for row in suite.rows():
-                    self._rows.setdefault((row.template, row.problem), row)
+                    if (row.template, row.problem) not in self._rows:
+                        self.emit(Event("done", row.template, row.problem, row.tried, row.tried, None, "", row=row))
         except StudiesError as error:
             self.note(f"{error}; this process goes on by itself")
             self._studies = None
@@ -225,7 +226,6 @@ class Run:
                 break
             search = Search(self, template, problem, partial(shares.of, problem), tell)
             rows.append(static.search(search) if self.device.static else search.go())
-            self._rows[template.name, rows[-1].problem] = rows[-1]
             shares.done(problem)
         return rows
 
@@ -305,6 +305,8 @@ class Run:
     def emit(self, event: Event) -> None:
         """From any thread."""
         with self._emitting:
+            if event.row is not None:
+                self._rows[event.template, event.problem] = event.row
             event = self._outlook.see(event)
             if self._on_event is not None:
                 self._on_event(event)
