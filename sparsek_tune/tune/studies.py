@@ -77,6 +77,8 @@ class Studies:
         try:
             if not path.exists():
                 _make(path)
+            elif not _ours(path):
+                raise StudiesError(f"{path} holds no studies")
             return cls(url, again)
         except StudiesError:
             if not path.exists() or _held(path):
@@ -272,6 +274,15 @@ def _make(path: Path) -> None:
     finally:
         for rest in ("", "-wal", "-shm"):
             Path(name + rest).unlink(missing_ok=True)
+
+
+def _ours(path: Path) -> bool:
+    """Whether the file is one of Optuna's, which would otherwise add its tables to whatever it is."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            return connection.execute("SELECT * FROM alembic_version, version_info").fetchone() is not None
+    except sqlite3.Error as error:
+        return (error.sqlite_errorcode & 0xFF) == sqlite3.SQLITE_BUSY
 
 
 def _held(path: Path) -> bool:

@@ -80,7 +80,7 @@ def fleet(tmp_path):
 
 def check_done(fleet, rows, *, devices=1, problems=3):
     """All configs of all problems were tried once, and the best is served."""
-    assert len(rows) == 2 * problems and all(row["config"]["tile"] == 512 for row in rows)
+    assert [row["config"]["tile"] for row in rows] == [512] * 2 * problems, rows
     tried = fleet.searched()
     assert set(tried.values()) == {1} and len(tried) == 7 * 2 * problems * devices
     assert len(fleet.ask("SELECT * FROM winner")) == 2 * problems * devices
