@@ -187,8 +187,9 @@ class Store:
             session.flush()
             return row.id
 
-    def measurements(self, device: Device, template: Template, problem: Problem) -> list[Recorded]:
-        """Everything recorded for exactly this fingerprint, template source and projected problem, oldest first."""
+    def measurements(self, device: Device, template: Template, problem: Problem, after: int = 0) -> list[Recorded]:
+        """Everything recorded for exactly this fingerprint, template source and projected problem, oldest first; after:
+        only what has a larger id."""
         query = (
             select(MeasurementRow, ConfigRow.key)
             .join(ConfigRow, ConfigRow.id == MeasurementRow.config_id)
@@ -199,6 +200,7 @@ class Store:
                 *_equal(DeviceRow, device.as_dict()),
                 *_equal(TemplateRow, _template(template)),
                 *_equal(ProblemRow, problem.project(template.fields)._asdict()),
+                MeasurementRow.id > after,
             )
             .order_by(MeasurementRow.id)
         )

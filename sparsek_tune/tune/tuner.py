@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
+import threading
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 from sparsek_tune import dispatch
 from sparsek_tune.db import reader
@@ -20,6 +23,7 @@ from sparsek_tune.kernel_templates.base import Config, Template
 from sparsek_tune.problem import Device, Problem, target_device
 from sparsek_tune.tune import static
 from sparsek_tune.tune.bench import Bench
+from sparsek_tune.tune.board import Board
 from sparsek_tune.tune.channel import WorkerError
 from sparsek_tune.tune.compile import Compiled, CompilePool
 from sparsek_tune.tune.measure import PROTOCOL, Estimate, choose
@@ -27,11 +31,14 @@ from sparsek_tune.tune.pace import Outlook, Pace, Shares
 from sparsek_tune.tune.propose import Proposals
 from sparsek_tune.tune.record import FAILED, INFEASIBLE, WRONG, Ledger, failed, timed
 from sparsek_tune.tune.stage import FACTORY
-from sparsek_tune.tune.types import EFFORTS, Effort, Event, OnEvent, Row, Spec, Trial
+from sparsek_tune.tune.studies import Studies, StudiesError
+from sparsek_tune.tune.suite import Searching, Suite, Task, again, tasks
+from sparsek_tune.tune.types import EFFORTS, Event, OnEvent, Row, Spec, Trial
 
 _HOPELESS = 1.5  # a candidate whose whole interval lies above this multiple of the best is not sampled further
 _LEAST = 5.0  # seconds for the search of a kernel of which no winner is known nearby
 _WAITING = 2  # candidates that wait for a free compiler: more would be proposed without the results of those before
+_POLL = 0.2  # seconds between looks at what others do
 _STARTS = 4  # winners of other problems that a search begins with
 
 
@@ -46,10 +53,13 @@ def tune(
     target: str | None = None,
     kernels: Collection[str] | None = None,
     seed: int = 0,
+    jobs: int | None = None,
+    crew: Callable[[Suite, OnEvent], AbstractContextManager[Any]] | None = None,
     templates: Mapping[str, Template] = TEMPLATES,
     factory: str = FACTORY,
 ) -> list[Row]:
-    """See :func:`sparsek_tune.tune.tune`. templates, factory: what is tuned and how a worker sets it up, for tests."""
+    """See :func:`sparsek_tune.tune.tune`. crew: the context in which others work at the suite too; templates, factory:
+    what is tuned and how a worker sets it up, for tests."""
     if effort not in EFFORTS:
         raise ValueError(f"effort must be one of {', '.join(EFFORTS)}, but is {effort!r}")
     if budget is not None and not budget > 0:
@@ -59,18 +69,64 @@ def tune(
         raise ValueError("device must be given where target is None, but is None")
     if unknown := sorted(set(kernels or ()) - templates.keys()):
         raise ValueError(f"kernels must be of {', '.join(templates)}, but names {', '.join(unknown)}")
-    run = store.start_run(" ".join(sys.argv))
+    work = tasks(list(problems), [t for t in templates.values() if not kernels or t.name in kernels])
+    about = {"effort": effort, "seed": seed, "until": None if budget is None else time.time() + budget}
+    with _begun(device, store, templates, about, on_event, factory, jobs) as run:
+        return run.tune(work, about, crew)
+
+
+def join(
+    store: Store,
+    device: Device,
+    *,
+    wait: float = 0.0,
+    suite: str | None = None,
+    on_event: OnEvent | None = None,
+    jobs: int | None = None,
+    templates: Mapping[str, Template] = TEMPLATES,
+    factory: str = FACTORY,
+) -> int:
+    """See :func:`sparsek_tune.tune.join`."""
+    last, done = time.monotonic(), 0
+    with closing(Studies.beside(store.path, again)) as shared:
+        while True:
+            found = [Suite(shared, suite)] if suite else Suite.joinable(shared, device, templates)
+            for one in found:
+                with _begun(device, store, templates, one.about, on_event, factory, jobs, shared) as run:
+                    run.work(one)
+                last, done = time.monotonic(), done + 1
+            if suite or (not found and time.monotonic() >= last + wait):
+                return done
+            if not found:
+                time.sleep(min(_POLL, max(0.0, last + wait - time.monotonic())))
+
+
+@contextmanager
+def _begun(
+    device: Device, store: Store, templates: Mapping[str, Template], about: Mapping[str, Any], on_event: OnEvent | None,
+    factory: str, jobs: int | None, shared: Studies | None = None,
+) -> Iterator[Run]:  # fmt: skip
+    """A run, noted in the store with its end."""
+    number = store.start_run(" ".join(sys.argv))
     outcome = "failed"
     try:
-        with Run(device, store, run, templates, EFFORTS[effort], budget, on_event, seed, factory) as state:
-            rows = state.tune(list(problems), [t for t in templates.values() if not kernels or t.name in kernels])
+        with ExitStack() as stack:
+            problem = None
+            if shared is None:
+                try:
+                    shared = stack.enter_context(closing(Studies.beside(store.path, again)))
+                except StudiesError as error:
+                    problem = str(error)
+            run = stack.enter_context(Run(device, store, number, templates, about, on_event, factory, jobs, shared))
+            if problem is not None:
+                run.note(f"{problem}; this process works by itself")
+            yield run
         outcome = "done"
-        return rows
     except KeyboardInterrupt:
         outcome = "interrupted"
         raise
     finally:
-        store.finish_run(run, outcome)
+        store.finish_run(number, outcome)
 
 
 class Run:
@@ -82,18 +138,21 @@ class Run:
         store: Store,
         run: int,
         templates: Mapping[str, Template],
-        effort: Effort,
-        budget: float | None,
+        about: Mapping[str, Any],
         on_event: OnEvent | None,
-        seed: int,
         factory: str,
+        jobs: int | None,
+        shared: Studies | None,
     ) -> None:
-        self.device, self.templates, self.effort, self.seed = device, templates, effort, seed
-        self._store, self._run, self._on_event = store, run, on_event
-        self.end = math.inf if budget is None else time.monotonic() + budget
+        effort, until = EFFORTS[about["effort"]], about["until"]
+        self.device, self.templates, self.effort, self.seed = device, templates, effort, about["seed"]
+        self._store, self._run, self._on_event, self._studies = store, run, on_event, shared
+        self._emitting = threading.Lock()
+        self._rows: dict[tuple[str, Problem], Row] = {}
+        self.end = math.inf if until is None else time.monotonic() + until - time.time()
         self._outlook = Outlook(effort.seconds / len(templates), self.end)
         self._ahead: defaultdict[Problem, list[tuple[Spec, Config, Future[Compiled]]]] = defaultdict(list)
-        self.pool = CompilePool(factory, timeout=effort.timeout)
+        self.pool = CompilePool(factory, jobs, timeout=effort.timeout)
         self.bench = Bench(factory, "interpret" if device.static else "measure", effort.timeout)
         # One thread, for one measuring process: the GPU works on while results are recorded and configs proposed.
         self.judge = ThreadPoolExecutor(1, thread_name_prefix="judge")
@@ -109,24 +168,77 @@ class Run:
             stack.callback(self.bench.close)
             stack.callback(self.judge.shutdown, wait=False, cancel_futures=True)
 
-    def tune(self, problems: list[Problem], templates: list[Template]) -> list[Row]:
-        """Tune every distinct (template, projected problem), problem by problem in tuning order."""
-        tasks: dict[tuple[str, Problem], tuple[Template, Problem]] = {}
-        for problem in problems:
-            for template in templates:
-                tasks.setdefault((template.name, problem.project(template.fields)), (template, problem))
-        self._outlook.kernels = len(tasks)
-        rows = []
+    def tune(
+        self, work: list[Task], about: Mapping[str, Any],
+        crew: Callable[[Suite, OnEvent], AbstractContextManager[Any]] | None,
+    ) -> list[Row]:  # fmt: skip
+        """Tune every kernel of ``work``, together with whoever joins; the rows in its order."""
+        keys = [(name, problem.project(self.templates[name].fields)) for problem, names in work for name in names]
+        self._outlook.kernels = len(keys)
+        try:
+            if self._studies is not None:
+                suite = Suite.create(self._studies, self.device, self.templates, work, {**about, "kernels": len(keys)})
+                try:
+                    with crew(suite, self.emit) if crew is not None else nullcontext():
+                        self.work(suite)
+                finally:
+                    suite.withdraw()  # what is left of it, after an interrupt or the end of the budget
+                for row in suite.rows():
+                    if (row.template, row.problem) not in self._rows:
+                        self.emit(Event("done", row.template, row.problem, row.tried, row.tried, None, "", row=row))
+        except StudiesError as error:
+            self.note(f"{error}; this process goes on by itself")
+            self._studies = None
+        for at, (problem, names) in enumerate(work):
+            left = [n for n in names if (n, problem.project(self.templates[n].fields)) not in self._rows]
+            if left:
+                ahead = sum(len(names) for _, names in work[at + 1 :])
+                self._drive(problem, left, ahead, lambda search: None)
+        if missing := [key for key in keys if key not in self._rows]:
+            self.emit(Event("note", *missing[0], 0, 0, None, f"the budget is spent: {len(missing)} kernels not tuned"))
+        return [self._rows[key] for key in keys if key in self._rows]
+
+    def work(self, suite: Suite) -> None:
+        """Drive problems of the suite and help where others are, until it is over. Raises StudiesError."""
+        self._outlook.kernels = self._outlook.kernels or suite.about["kernels"]
+        while time.monotonic() < self.end:
+            if (taken := suite.take()) is not None:
+                claim, (problem, names) = taken
+                waiting, lanes = suite.ahead()
+                done = self._drive(problem, names, math.ceil(waiting / lanes), partial(suite.searching, claim))
+                suite.finish(claim, done)
+            elif suite.over():
+                return
+            elif not any(self._help(search) for search in suite.searches()):
+                time.sleep(_POLL)
+
+    def _drive(
+        self, problem: Problem, names: Iterable[str], ahead: int, tell: Callable[[Searching], None]
+    ) -> list[Row]:
+        """Tune kernels of one problem, in tuning order; ahead: how many more this process has to expect."""
+        templates = [t for t in self.templates.values() if t.name in set(names)]
         limit = math.inf if self.device.static else self.effort.seconds  # static tuning looks at few configs anyway
-        shares = Shares(limit, self.end, [problem for _, problem in tasks.values()])
-        for done, (template, problem) in enumerate(tasks.values()):
+        later = problem._replace(n=0)
+        shares = Shares(limit, self.end, [*[problem] * len(templates), *[later] * ahead])
+        rows = []
+        for template in templates:
             if time.monotonic() >= self.end:
-                self._say(template, problem, "note", f"the budget is spent: {len(tasks) - done} kernels not tuned")
                 break
-            search = Search(self, template, problem, partial(shares.of, problem))
+            search = Search(self, template, problem, partial(shares.of, problem), tell)
             rows.append(static.search(search) if self.device.static else search.go())
             shares.done(problem)
         return rows
+
+    def _help(self, what: Searching) -> bool:
+        """Take part in a search that another process drives; whether there was anything to do."""
+        if self.device.static:  # nothing is measured, and compiling is shared by problems alone
+            return False
+        seconds = max(0.0, min(what.until - time.time(), self.end - time.monotonic()))
+        search = Search(self, self.templates[what.template], what.problem, lambda least=0.0: seconds)
+        return search.help()
+
+    def board(self, template: Template, problem: Problem) -> Board:
+        return Board(self._studies, self.device, template, problem, self.note)
 
     def compile_first(self, problem: Problem) -> None:
         """Compile every default at once: the measuring process, which needs all of them, then only loads them. What
@@ -186,26 +298,35 @@ class Run:
     def ledger(self, template: Template, problem: Problem) -> Ledger:
         return Ledger(self._store, self.device, template, problem, self._run)
 
-    def _say(self, template: Template, problem: Problem, kind: str, message: str) -> None:
-        self.emit(Event(kind, template.name, problem.project(template.fields), 0, 0, None, message))
+    def note(self, message: str) -> None:
+        """Tell the user something that is about no kernel."""
+        self.emit(Event("note", "studies", Problem("", 0, 0, "", 0, 0, 0, 0), 0, 0, None, message))
 
     def emit(self, event: Event) -> None:
-        event = self._outlook.see(event)
-        if self._on_event is not None:
-            self._on_event(event)
+        """From any thread."""
+        with self._emitting:
+            if event.row is not None:
+                self._rows[event.template, event.problem] = event.row
+            event = self._outlook.see(event)
+            if self._on_event is not None:
+                self._on_event(event)
 
 
 class Search:
-    """The search for one template at one problem. share: as ``Shares.of`` its problem."""
+    """The search for one template at one problem. share: as ``Shares.of`` its problem; tell: others, who may help."""
 
-    def __init__(self, run: Run, template: Template, problem: Problem, share: Callable[..., float]) -> None:
+    def __init__(
+        self, run: Run, template: Template, problem: Problem, share: Callable[..., float],
+        tell: Callable[[Searching], None] = lambda search: None,
+    ) -> None:  # fmt: skip
         self.run, self.template, self.problem = run, template, problem
         self.key = problem.project(template.fields)
         self.ledger = run.ledger(template, problem)
         self.default = template.default(problem, run.device)
         self.spec = Spec(template.name, problem, run.device, run.companions(template, problem))
         self.seed = zlib.crc32(f"{run.seed} {template.name} {self.key}".encode())
-        self._share = share
+        self._share, self._tell = share, tell
+        self._elsewhere: set[Config] = set()  # configs that others work at
         self.end = time.monotonic() + share()
         self.total = 0
         self.looked_at: int | None = None  # configs, where the ledger does not hold all of them (static tuning)
@@ -225,6 +346,7 @@ class Search:
         self.emit("start", f"{before} of {self.total} configs known" if before else "")
         if self.total > before:
             self.run.compile_first(self.problem)
+        self.board = self.run.board(self.template, self.problem)
         if self.ledger.time(self.default) is None:
             compiled = self.run.compile(self.spec, self.default, True).result()
             self._record(self.default, self.run.judge.submit(self._judge, self.default, compiled, True).result())
@@ -233,25 +355,49 @@ class Search:
             self._took.append(compiled.seconds)
         if self.ledger.time(self.default) is None:
             return self.row(None, None, None, f"the default config does not work: {self._why(self.default)}")
-        self._explore(proposals)
+        if self.total > before:
+            self._tell(Searching(self.template.name, self.problem, time.time() + self.end - time.monotonic()))
+        self._explore(proposals, leading=True)
         if stored is not None and self.ledger.count() == before and not self.ledger.unraced():  # the old race stands
             return self.row(Config.from_key(stored.config), stored.default_ms, stored.tuned_ms, "as stored")
         return self._race()
 
-    def _explore(self, proposals: Proposals) -> None:
-        """Keep the compile pool and the GPU busy and record what they deliver, until the space or the time is over."""
+    def help(self) -> bool:
+        """Take part in a search that another process drives, and races; whether there was anything to do."""
+        if self.ledger.time(self.default) is None:  # its driver is at it
+            return False
+        before = self.ledger.count()
+        proposals = Proposals(
+            self.template, self.problem, self.run.device, self.run.effort.trials,
+            known=self.ledger.times(), seed=self.seed ^ os.getpid(),
+        )  # fmt: skip
+        self.total = proposals.total
+        if self.total <= before or time.monotonic() >= self.end:
+            return False
+        self.board = self.run.board(self.template, self.problem)
+        self.run.compile_first(self.problem)
+        return self._explore(proposals, leading=False)
+
+    def _explore(self, proposals: Proposals, *, leading: bool) -> bool:
+        """Keep the compile pool and the GPU busy and record what they deliver, until the space or the time is over;
+        who leads waits for what others work at. Returns whether anything was tried here."""
         self.pace.begin(self.ledger.count())
         most = self.run.pool.jobs + _WAITING
         compiling: dict[Future[Compiled], Config] = {}
         judging: dict[Future[Measured], Config] = {}
+        tried = False
         while time.monotonic() < self.end:
             while len(compiling) + len(judging) < most and (config := self._ask(proposals)) is not None:
                 if config == self.default:  # settled first of all
                     proposals.tell(config, self.ledger.time(config))
-                    continue
-                compiling[self.run.compile(self.spec, config, False)] = config
+                elif self._claim(proposals, config):
+                    compiling[self.run.compile(self.spec, config, False)] = config
+                    tried = True
             if not compiling and not judging:
-                return
+                if not (leading and self._others(proposals)):
+                    return tried
+                time.sleep(_POLL)
+                continue
             left = max(0.0, self.end - time.monotonic())
             for future in wait([*judging, *compiling], timeout=left, return_when=FIRST_COMPLETED).done:
                 if future in compiling:
@@ -261,9 +407,45 @@ class Search:
                 else:
                     config = judging.pop(future)
                     proposals.tell(config, self._record(config, future.result()))
-        cancelled = {future for future in (*compiling, *judging) if future.cancel()}
+        pending = {**compiling, **judging}
+        cancelled = {future for future in pending if future.cancel()}
         for future in judging.keys() - cancelled:  # has begun: what it costs is spent
-            self._record(judging[future], future.result())
+            self._record(judging.pop(future), future.result())
+            pending.pop(future)
+        for config in pending.values():
+            self.board.drop(config)
+        limit = time.monotonic() + self.run.effort.timeout  # others stop now, too
+        while leading and time.monotonic() < limit and self._others(proposals):
+            time.sleep(_POLL)
+        return tried
+
+    def _claim(self, proposals: Proposals, config: Config) -> bool:
+        """Whether this process is to try ``config``: nobody else tries it, or has tried it."""
+        if not self.board.claim(config):
+            self._elsewhere.add(config)
+            return False
+        if not self.board.quiet:
+            self._learn(proposals)
+            if config in self.ledger.latest:
+                self.board.drop(config)
+                return False
+        return True
+
+    def _learn(self, proposals: Proposals) -> None:
+        """Take in what others have measured."""
+        for config in self.ledger.refresh():
+            proposals.tell(config, self.ledger.time(config))
+            self._elsewhere.discard(config)
+
+    def _others(self, proposals: Proposals) -> bool:
+        """Whether others work at configs of this search, or gave some up that are now to be proposed again."""
+        others = self.board.others()
+        self._learn(proposals)
+        abandoned = self._elsewhere - others
+        for config in abandoned:
+            proposals.again(config)
+        self._elsewhere -= abandoned
+        return bool(others or abandoned)
 
     def _ask(self, proposals: Proposals) -> Config | None:
         """The next config, unless it would not be compiled before the end if that takes as long as it did before. What
@@ -293,6 +475,7 @@ class Search:
         """Record one attempt; its median (ms), or None."""
         self.ledger.add(config, result)
         median = self.ledger.time(config)
+        self.board.settle(config, result.status, median)
         self.emit("trial", self._why(config), trial=Trial(config, result.status, median))
         return median
 
