@@ -92,7 +92,7 @@ def run_command(
             lines.begin(store.path, device, effort, budget, problems)
             wanted: dict[str, Any] = {"effort": effort, "budget": budget, "kernels": kernels or None}
             if len(found) > 1:
-                wanted["jobs"] = max(1, default_jobs() // len(found))
+                wanted["jobs"] = default_jobs(len(found))
                 others = {i: d for i, d in found.items() if i != first}
                 wanted["crew"] = crew = Crew(device, others, str(store.path), wanted["jobs"], env)
             rows = _tune(problems, device, store, wanted, lines, live=not (as_lines and sys.stdout.isatty()))
