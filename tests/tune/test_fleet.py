@@ -81,6 +81,7 @@ def fleet(tmp_path):
 def check_done(fleet, rows, *, devices=1, problems=3):
     """All configs of all problems were tried once, and the best is served."""
     assert [row["config"]["tile"] for row in rows] == [512] * 2 * problems, rows
+    assert set(fleet.ask("SELECT status FROM measurement")) == {("ok",)}
     tried = fleet.searched()
     assert set(tried.values()) == {1} and len(tried) == 7 * 2 * problems * devices
     assert len(fleet.ask("SELECT * FROM winner")) == 2 * problems * devices
