@@ -51,6 +51,11 @@ def default_path() -> Path:
     Raises DatabaseError where there is no home directory either.
     """
     if chosen := os.environ.get("SPARSEK_TUNE_CACHE"):
+        if "://" in chosen:
+            raise DatabaseError(
+                "SPARSEK_TUNE_CACHE must be a file: commands take a server by --storage, and programs read what "
+                "`sparsek-tune freeze FILE --storage URL` writes"
+            )
         path = Path(os.path.expanduser(chosen))
         return path / "cache.db" if path.is_dir() or chosen.endswith(os.sep) else path
     xdg = os.environ.get("XDG_CACHE_HOME", "")

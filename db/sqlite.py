@@ -8,13 +8,50 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from sparsek_tune.db.errors import CorruptError, ReadOnlyError, explain
+from sqlalchemy import Connection, create_engine, event, exc
+from sqlalchemy.pool import NullPool
+
+from sparsek_tune.db import reader
+from sparsek_tune.db.errors import CorruptError, DatabaseError, ReadOnlyError, explain
 from sparsek_tune.db.reader import BUSY_SECONDS, schema_version
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 _NETWORK = re.compile(
     r"nfs\d?|cifs|smb\w*|lustre|ceph|gpfs|beegfs|afs|9p|glusterfs|fuse\.(sshfs|glusterfs|ceph\S*|juicefs)"
 )
+
+
+class File:
+    """The backend of a Store for a file: engines for transactions that ``read`` and ``write``, what each begins with,
+    what errors mean. ``name`` is for messages."""
+
+    def __init__(self, path: Path, read_only: bool) -> None:
+        self.name = path
+        if read_only:
+            reader.connect(path).close()
+        else:
+            prepare(path)
+        opener = reader.connect if read_only else connect
+        engine = create_engine("sqlite://", creator=lambda: opener(path), poolclass=NullPool)
+        event.listen(engine, "begin", _begin)
+        self.read, self.write = engine, engine.execution_options(sparsek_begin="IMMEDIATE")
+
+    def begin(self, connection: Connection, write: bool) -> None:
+        """Another process, of a newer version, may have migrated the file since; from here on it has to wait."""
+        schema_version(connection.connection.driver_connection, self.name)
+
+    def close(self) -> None:
+        self.read.dispose()
+
+    def explain(self, error: exc.DBAPIError) -> DatabaseError:
+        """The DatabaseError that says what ``error`` means."""
+        assert isinstance(error.orig, sqlite3.Error)
+        return explain(self.name, error.orig)
+
+
+def _begin(connection: Connection) -> None:
+    # IMMEDIATE for writes: a transaction that starts as a reader may be refused the upgrade, without any waiting.
+    connection.exec_driver_sql(f"BEGIN {connection.get_execution_options().get('sparsek_begin', 'DEFERRED')}")
 
 
 def connect(path: Path) -> sqlite3.Connection:

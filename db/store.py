@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import socket
 import sqlite3
 from collections.abc import Iterator, Mapping
@@ -25,11 +26,10 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, create_engine, event, exc, func, select
+from sqlalchemy import exc, func, select
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import NullPool
 
-from sparsek_tune.db import reader, sqlite
+from sparsek_tune.db import postgres, sqlite
 from sparsek_tune.db.errors import DatabaseError, explain
 from sparsek_tune.db.reader import Entry, default_path
 from sparsek_tune.db.schema import (
@@ -49,6 +49,7 @@ from sparsek_tune.problem import Device, Problem
 if TYPE_CHECKING:  # the package of the templates imports triton
     from sparsek_tune.kernel_templates.base import Config, Template
 
+_PASSWORD = re.compile(r"(\w://[^\s:/@]*:)[^\s@]*(?=@)")  # in a URL
 TEXT = 8192  # characters of a command or a reason that are kept; exported records hold no more
 
 __all__ = ["DatabaseError", "Measured", "Recorded", "Store", "Summary", "default_path"]
@@ -107,49 +108,49 @@ class Summary:
 
 
 class Store:
-    """The database file ``path`` (None: :func:`default_path`); made, with its directories, where it is missing.
+    """The database ``where`` (None: :func:`default_path`): a file, made with its directories where it is missing, or a
+    server, postgresql+psycopg://USER@HOST/DATABASE.
 
-    ``read_only`` opens an existing file and never writes: for looking at files of others. Every method raises
-    DatabaseError (a subclass says what is wrong; the message how to mend it). No file is ever deleted or overwritten.
+    ``read_only`` opens what exists and never writes: for looking at files of others. ``path``: the file, or the URL
+    without its password; ``where``: with it. Every method raises DatabaseError (a subclass says what is wrong; the message how to mend it).
+    No file is ever deleted or overwritten.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None, *, read_only: bool = False) -> None:
-        self.path = Path(path) if path else default_path()
-        if read_only:
-            reader.connect(self.path).close()
+    def __init__(self, where: str | os.PathLike[str] | None = None, *, read_only: bool = False) -> None:
+        if isinstance(where, str) and "://" in where:
+            self._backend = postgres.Server(where, read_only)
         else:
-            sqlite.prepare(self.path)
-        opener = reader.connect if read_only else sqlite.connect
-        engine = create_engine("sqlite://", creator=lambda: opener(self.path), poolclass=NullPool)
-        event.listen(engine, "begin", _begin)
-        self._read, self._write = engine, engine.execution_options(sparsek_begin="IMMEDIATE")
+            self._backend = sqlite.File(Path(where) if where else default_path(), read_only)
+        self.path: Path | str = self._backend.name
+        self.where: Path | str = self._backend.url if isinstance(self._backend, postgres.Server) else self._backend.name
 
     def __enter__(self) -> Store:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._read.dispose()
+        self._backend.close()
 
     @contextmanager
     def session(self, write: bool = False) -> Iterator[Session]:
         """One transaction; commits at the end of the block. For the modules of this package."""
         try:
-            with Session(self._write if write else self._read) as session, session.begin():
-                # Another process, of a newer version, may have migrated the file since; from here on it has to wait.
-                reader.schema_version(session.connection().connection.driver_connection, self.path)
+            with Session(self._backend.write if write else self._backend.read) as session, session.begin():
+                self._backend.begin(session.connection(), write)
                 yield session
         except exc.DBAPIError as error:
-            if not isinstance(error.orig, sqlite3.Error):
-                raise
-            raise explain(self.path, error.orig) from error
-        except sqlite3.Error as error:
-            raise explain(self.path, error) from error
+            raise self._backend.explain(error) from error
+        except sqlite3.Error as error:  # of the driver itself, past SQLAlchemy
+            raise explain(Path(self.path), error) from error
 
     def start_run(self, command: str) -> int:
         """Note that ``command`` began to tune here; returns the run's id for :meth:`record`."""
         with self.session(write=True) as session:
             row = RunRow(
-                command=command[:TEXT], host=socket.gethostname(), pid=os.getpid(), outcome="running", started_at=_now()
+                command=_text(_PASSWORD.sub(r"\1***", command)),
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                outcome="running",
+                started_at=_now(),
             )
             session.add(row)
             session.flush()
@@ -175,7 +176,7 @@ class Store:
                 problem_id=row_id(session, ProblemRow, problem.project(template.fields)._asdict()),
                 config_id=row_id(session, ConfigRow, {"key": config.key}),
                 status=result.status,
-                reason=result.reason[:TEXT],
+                reason=_text(result.reason),
                 median_ms=result.median_ms,
                 ci_low_ms=result.ci_low_ms,
                 ci_high_ms=result.ci_high_ms,
@@ -262,9 +263,9 @@ class Store:
         return [Summary(*r, counts=c, winner=winners.get(r)) for r, c in zip(rows, found.values(), strict=True)]
 
 
-def _begin(connection: Connection) -> None:
-    # IMMEDIATE for writes: a transaction that starts as a reader may be refused the upgrade, without any waiting.
-    connection.exec_driver_sql(f"BEGIN {connection.get_execution_options().get('sparsek_begin', 'DEFERRED')}")
+def _text(text: str) -> str:
+    """As much as is kept of ``text``, without what PostgreSQL cannot hold."""
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}")[:TEXT]
 
 
 def _now() -> str:

@@ -235,6 +235,15 @@ def _claim(
     return _Claim(place, config, speedup, strength, row)
 
 
+def snapshot(store: Store, target: Path) -> str:
+    """:func:`freeze` what ``store`` holds, wherever it is."""
+    if isinstance(store.path, Path):
+        return freeze(store.path, target)
+    with tempfile.TemporaryDirectory() as scratch, Store(Path(scratch) / "copy.db") as copy:
+        add(copy, export(store))
+        return freeze(Path(copy.path), target)
+
+
 def freeze(source: Path, target: Path) -> str:
     """Write a snapshot of the database ``source`` to ``target``: one file, whole or not there, that may not be written
     and needs no other beside it, in any directory. Returns its SHA-256. Raises DatabaseError; an existing file stays.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sparsek_tune import __version__, completion, options, reporting, running, sharing
+from sparsek_tune import __version__, completion, options, reporting, running, sharing, simulation
 from sparsek_tune.bench.arguments import bench_options
 from sparsek_tune.bench.cases import PEERS, Case
 from sparsek_tune.command import BROKEN, INTERRUPTED, NO_GPU, Fault, as_json_option, guarded, print_json
@@ -44,14 +44,15 @@ def main() -> None:
 
 
 @main.command()
+@options.storage_option
 @as_json_option
 @guarded
-def show(as_json: bool) -> None:
+def show(storage: Path | str | None, as_json: bool) -> None:
     """List what the database holds: per GPU, kernel and problem the attempts and the winner."""
     from sparsek_tune.db.store import Store
     from sparsek_tune.display import table
 
-    with Store(read_only=True) as store:
+    with Store(storage, read_only=True) as store:
         found, path = store.summary(), str(store.path)
     if as_json:
         print_json(database=path, entries=[_summary(s) for s in found])
@@ -228,7 +229,7 @@ def _measure(
         raise Fault(f"{file} cannot be written any more: {error}", BROKEN, **run.document) from error
 
 
-for command in (*running.COMMANDS, *sharing.COMMANDS, *reporting.COMMANDS, *completion.COMMANDS):
+for command in (*running.COMMANDS, *sharing.COMMANDS, *reporting.COMMANDS, *simulation.COMMANDS, *completion.COMMANDS):
     main.add_command(command)
 
 

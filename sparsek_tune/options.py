@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -31,6 +32,26 @@ def _complete_target(_context: click.Context, _option: click.Parameter, typed: s
     return [target for target in TARGETS if target.startswith(typed)]
 
 
+class _Storage(click.ParamType):
+    """A Path, or the URL of a server as text."""
+
+    name = "storage"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str) or "://" not in value:
+            return Path(value).expanduser()
+        if not value.startswith(SERVER):
+            kind = value.partition("://")[0]
+            self.fail(f"must be a file or {SERVER}USER@HOST/DATABASE, but is {kind}://...", param, ctx)
+        return value
+
+
+SERVER = "postgresql+psycopg://"
+storage_option = click.option(
+    "--storage", metavar="FILE|URL", type=_Storage(),
+    help=f"The database: a file, or a server as {SERVER}USER@HOST/DATABASE "
+    "[default: $SPARSEK_TUNE_CACHE, or a file in the user's cache directory].",
+)  # fmt: skip
 device_option = click.option("--device", "index", type=click.IntRange(0), help="CUDA device index [default: 0].")
 target_option = click.option(
     "--target", metavar="cuda:CC", shell_complete=_complete_target,

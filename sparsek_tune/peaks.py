@@ -22,7 +22,8 @@ class Peak(NamedTuple):
 # first is the one that problem.target_device names.
 _PEAKS = {
     80: {"NVIDIA A100-SXM4-80GB": Peak(312e12, 2.0e12)},
-    86: {"NVIDIA GeForce RTX 3090": Peak(71e12, 0.94e12)},
+    # GeForce sums in 32 bits at half the rate of its sums in 16: 82 SMs * 4 * 128 * 2 * 1.695 GHz / 2.
+    86: {"NVIDIA A40": Peak(149.7e12, 0.696e12), "NVIDIA GeForce RTX 3090": Peak(71e12, 0.936e12)},
     89: {"NVIDIA L4": Peak(121e12, 0.30e12)},
     90: {"NVIDIA H100 80GB HBM3": Peak(989e12, 3.35e12), "NVIDIA H200": Peak(989e12, 4.8e12)},
     100: {"NVIDIA B200": Peak(2250e12, 8.0e12)},

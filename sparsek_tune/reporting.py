@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sparsek_tune import options
 from sparsek_tune.command import NOTHING, STDIO, Fault, guarded, writing
 from sparsek_tune.sharing import RECORDS, read_records
 
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     "--from", "source", metavar="RECORDS", type=RECORDS,
     help="Show the records of a file that export wrote (- for stdin) in place of the database's.",
 )  # fmt: skip
+@options.storage_option
 @guarded
-def report_command(file: Path, source: Path | None) -> None:
+def report_command(file: Path, source: Path | None, storage: Path | str | None) -> None:
     """Write one HTML page about all that the database holds to FILE (- for stdout).
 
     Winners, search curves, parameter importances, rooflines and failures, for each GPU. The page is one file, loads
@@ -33,7 +35,7 @@ def report_command(file: Path, source: Path | None) -> None:
         raise click.UsageError(why)
     if source is not None and source != STDIO and file != STDIO and file.exists() and file.samefile(source):
         raise click.BadParameter(f"must not be the file of --from, but is {file}", param_hint="FILE")
-    name, gpus = _stored() if source is None else _exported(source)
+    name, gpus = _stored(storage) if source is None else _exported(source)
     if not gpus:
         raise Fault(f"nothing is stored in {name}: run `sparsek-tune run`", NOTHING)
     from sparsek_tune.report import page
@@ -51,15 +53,15 @@ def _exported(source: Path) -> tuple[str, list[Gpu]]:
     return "stdin" if source == STDIO else source.name, evidence.gpus(read_records(source))
 
 
-def _stored() -> tuple[str, list[Gpu]]:
+def _stored(storage: Path | str | None) -> tuple[str, list[Gpu]]:
     from sparsek_tune.db import transfer
     from sparsek_tune.db.errors import CorruptError
     from sparsek_tune.db.store import Store
     from sparsek_tune.report import evidence
 
-    with Store(read_only=True) as store:
+    with Store(storage, read_only=True) as store:
         try:
-            return store.path.name, evidence.gpus(transfer.export(store))
+            return Path(store.path).name, evidence.gpus(transfer.export(store))
         except (ValueError, TypeError, KeyError) as error:
             raise CorruptError(f"the database {store.path} holds what it should not: {error}") from error
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @options.target_option
 @options.device_option
+@options.storage_option
 @click.option(
     "--gpus", metavar="all|I,J,...",
     help="Tune on all GPUs of this host, or on those with these indices, a process each [default: one GPU].",
@@ -53,7 +54,8 @@ if TYPE_CHECKING:
 @guarded
 def run_command(
     models: tuple[str, ...], texts: tuple[str, ...], captures: tuple[Path, ...], effort: str, budget: float | None,
-    kernels: tuple[str, ...], target: str | None, index: int | None, gpus: str | None, as_lines: bool,
+    kernels: tuple[str, ...], target: str | None, index: int | None, storage: Path | str | None, gpus: str | None,
+    as_lines: bool,
 ) -> None:  # fmt: skip
     """Tune every kernel for the given shapes and store the winners.
 
@@ -85,14 +87,14 @@ def run_command(
         if device.static:
             name = device.name.removeprefix("target ")
             click.echo(f"No GPU is used: static tuning for {name} (compiled and verified, not timed).", err=True)
-        with Store() as store:
+        with Store(storage) as store:
             click.echo(f"{len(problems)} problem(s) on {device.name}; database {store.path}", err=True)
             lines.begin(store.path, device, effort, budget, problems)
             wanted: dict[str, Any] = {"effort": effort, "budget": budget, "kernels": kernels or None}
             if len(found) > 1:
                 wanted["jobs"] = max(1, default_jobs() // len(found))
                 others = {i: d for i, d in found.items() if i != first}
-                wanted["crew"] = crew = Crew(device, others, str(store.path), wanted["jobs"], env)
+                wanted["crew"] = crew = Crew(device, others, str(store.where), wanted["jobs"], env)
             rows = _tune(problems, device, store, wanted, lines, live=not (as_lines and sys.stdout.isatty()))
         if not as_lines:
             _table(rows)
@@ -105,10 +107,7 @@ def run_command(
 
 
 @click.command("worker")
-@click.option(
-    "--storage", metavar="PATH", type=click.Path(path_type=Path, dir_okay=False),
-    help="The database of the runs to join [default: as `run`].",
-)  # fmt: skip
+@options.storage_option
 @options.target_option
 @options.device_option
 @click.option(
@@ -121,7 +120,7 @@ def run_command(
 @click.option("--json", "as_lines", is_flag=True, help="Print every event as it comes, as `run` does.")
 @guarded
 def worker_command(
-    storage: Path | None, target: str | None, index: int | None, wait: float, jobs: int | None, suite: str | None,
+    storage: Path | str | None, target: str | None, index: int | None, wait: float, jobs: int | None, suite: str | None,
     as_lines: bool,
 ) -> None:  # fmt: skip
     """Join runs of others that tune on the same model of GPU with the same kernels, until none is left.

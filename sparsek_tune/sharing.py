@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sparsek_tune import options
 from sparsek_tune.command import BROKEN, STDIO, Fault, as_json_option, guarded, print_json, writing
 
 if TYPE_CHECKING:
@@ -21,8 +22,9 @@ _DATABASE = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 @click.command("export")
 @click.argument("file", type=_FILE)
+@options.storage_option
 @guarded
-def export_command(file: Path) -> None:
+def export_command(file: Path, storage: Path | str | None) -> None:
     """Write all that the database holds to FILE (- for stdout), to be shared: one JSON document a line.
 
     Every measurement with its GPU, software, kernel source, problem, config, protocol and run (command, host and
@@ -31,7 +33,7 @@ def export_command(file: Path) -> None:
     from sparsek_tune.db import records, transfer
     from sparsek_tune.db.store import Store
 
-    with Store(read_only=True) as store:
+    with Store(storage, read_only=True) as store:
         found = transfer.export(store)
     with writing(file) as out:
         records.write(out, found)
@@ -41,9 +43,10 @@ def export_command(file: Path) -> None:
 
 @click.command("import")
 @click.argument("files", nargs=-1, required=True, type=RECORDS)
+@options.storage_option
 @as_json_option
 @guarded
-def import_command(files: tuple[Path, ...], as_json: bool) -> None:
+def import_command(files: tuple[Path, ...], storage: Path | str | None, as_json: bool) -> None:
     """Add the records of FILES (- for stdin), written by export, to the database; .gz and .xz files are unpacked.
 
     A file is checked as a whole before anything is written, and taken in one transaction. What is there already is
@@ -51,7 +54,7 @@ def import_command(files: tuple[Path, ...], as_json: bool) -> None:
     then the higher speed-up over the default in its race) and the other reported. Nothing is run; a config will be
     served only where this version's kernels allow it.
     """
-    _take([(str(file), read_records(file)) for file in files], as_json)
+    _take([(str(file), read_records(file)) for file in files], storage, as_json)
 
 
 def read_records(file: Path) -> list[Record]:
@@ -67,11 +70,12 @@ def read_records(file: Path) -> list[Record]:
 
 @click.command("merge")
 @click.argument("databases", nargs=-1, required=True, type=_DATABASE)
+@options.storage_option
 @as_json_option
 @guarded
-def merge_command(databases: tuple[Path, ...], as_json: bool) -> None:
+def merge_command(databases: tuple[Path, ...], storage: Path | str | None, as_json: bool) -> None:
     """Add all that other DATABASES hold to this one, by the rules of import. The others are only read."""
-    _take([(str(path), _checked(path)) for path in databases], as_json)
+    _take([(str(path), _checked(path)) for path in databases], storage, as_json)
 
 
 def _checked(path: Path) -> list[Record]:
@@ -92,31 +96,33 @@ def _checked(path: Path) -> list[Record]:
 
 @click.command("freeze")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@options.storage_option
 @as_json_option
 @guarded
-def freeze_command(file: Path, as_json: bool) -> None:
+def freeze_command(file: Path, storage: Path | str | None, as_json: bool) -> None:
     """Write a read-only snapshot of the database to FILE, to ship with a job: SPARSEK_TUNE_CACHE=FILE.
 
     Every process that reads it gets the same configs on the same kind of GPU. Prints its SHA-256. An existing FILE is
     never replaced.
     """
     from sparsek_tune.db import transfer
-    from sparsek_tune.db.reader import default_path
+    from sparsek_tune.db.store import Store
 
-    digest = transfer.freeze(default_path(), file)
+    with Store(storage, read_only=True) as store:
+        digest = transfer.snapshot(store, file)
     if as_json:
         print_json(file=str(file), sha256=digest)
     else:
         click.echo(f"{digest}  {file}")
 
 
-def _take(found: list[tuple[str, list[Record]]], as_json: bool) -> None:
+def _take(found: list[tuple[str, list[Record]]], storage: Path | str | None, as_json: bool) -> None:
     """Add the records of each source to the database, and tell what came of it."""
     from sparsek_tune.db import transfer
     from sparsek_tune.db.store import Store
     from sparsek_tune.display import table
 
-    with Store() as store:
+    with Store(storage) as store:
         reports = [(name, transfer.add(store, records)) for name, records in found]
     if as_json:
         print_json(sources=[{"source": name, **_document(report)} for name, report in reports])

@@ -35,4 +35,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_shipped(monkeypatch, tmp_path_factory):
+    """What is shipped changes with every tuning; tests in this process are not to depend on it."""
+    from sparsek_tune.db import reader
+
+    monkeypatch.setattr(reader, "SHIPPED", tmp_path_factory.getbasetemp() / "nothing")
+
+
 from database import cache, path, shared_dir  # noqa: E402, F401  fixtures of the database tests; after the cache is set
+from server import database, postgres  # noqa: E402, F401

@@ -243,8 +243,10 @@ def search(path, monkeypatch):
         return Estimate(ms, 0.99 * ms, 1.01 * ms, 10)
 
     monkeypatch.setitem(EFFORTS, "tiny", types.Effort(40, 60.0, 0.01, 3, 0.01, 4, 2))
-    monkeypatch.setattr(CompilePool, "_compile", lambda self, spec, config: Compiled("ok", ""))
-    monkeypatch.setattr(Bench, "verify", lambda self, spec, config: None)
+    monkeypatch.setattr(CompilePool, "_compile", lambda self, *rest: Compiled("ok", ""))
+    monkeypatch.setattr(CompilePool, "start", lambda self: None)
+    monkeypatch.setattr(Bench, "start", lambda self: None)
+    monkeypatch.setattr(Bench, "verify", lambda self, *rest: None)
     monkeypatch.setattr(Bench, "measure", lambda self, spec, config, *rest: estimate(config))
     monkeypatch.setattr(Bench, "race", lambda self, spec, configs, *rest: [estimate(c) for c in configs])
     real = Store.record

@@ -33,7 +33,7 @@ class Kernel(NamedTuple):
 
 class Attempt(NamedTuple):
     """One measurement. ms: its median, None without one; low, high: its interval; race: whether it met the default in a
-    race; run, at: the tuning command and the moment."""
+    race; run, at: the tuning command and the moment; stack: bytes a thread that the worst of its kernels spills."""
 
     config: Config
     status: str
@@ -44,6 +44,7 @@ class Attempt(NamedTuple):
     race: bool
     run: tuple[Any, ...]
     at: str
+    stack: int = 0
 
     @property
     def timed(self) -> bool:
@@ -184,7 +185,15 @@ def _attempt(record: Record) -> Attempt:
     ms, low, high = (_time(record[name]) for name in ("median_ms", "ci_low_ms", "ci_high_ms"))
     race = record["protocol"].get("phase") == "race"
     config = Config(record["config"])
-    return Attempt(config, record["status"], record["reason"], ms, low, high, race, run, record["created_at"])
+    stack = _stack(record["protocol"].get("kernels"))
+    return Attempt(config, record["status"], record["reason"], ms, low, high, race, run, record["created_at"], stack)
+
+
+def _stack(kernels: Any) -> int:
+    """A protocol may hold anything; what is not as the tuner writes it says nothing."""
+    kernels = kernels if isinstance(kernels, list) else []
+    stacks = (k.get("stack") for k in kernels if isinstance(k, dict))
+    return max((s for s in stacks if isinstance(s, int)), default=0)
 
 
 def _made(kind: Any, fields: Mapping[str, Any]) -> Any:

@@ -22,6 +22,7 @@ Factory = Callable[[Template, Problem, Device, int], BaseSampler | None]
 
 _SEPARATE = hasattr(optuna.trial.Trial, "set_constraint")  # Optuna 5; before: constraints_func
 _WORKS = "works"  # the constraint that a config without a time violates
+_DESCENT = 24  # trials by coordinate descent before TPE
 _DRAWS = 1000  # random configs, one after the other, of which one has to be new to start from
 
 
@@ -167,6 +168,35 @@ class CoordinateSampler(BaseSampler):
                 yield config
 
 
+class DescentThenTpe(BaseSampler):
+    """Coordinate descent for the first ``_DESCENT`` trials, those known from earlier runs included, then TPE, which has
+    their results: the descent finds what is near the default while a model would have nothing to learn from yet."""
+
+    def __init__(self, template: Template, problem: Problem, device: Device, seed: int) -> None:
+        self._descent = CoordinateSampler(template, problem, device, seed)
+        self._tpe = _tpe(template, problem, device, seed)
+
+    def _of(self, trial: FrozenTrial) -> BaseSampler:
+        return self._descent if trial.number < _DESCENT else self._tpe
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._of(trial).infer_relative_search_space(study, trial)
+
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: Any) -> dict[str, Any]:
+        return self._of(trial).sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._of(trial).sample_independent(study, trial, param_name, param_distribution)
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self._of(trial).before_trial(study, trial)
+
+    def after_trial(self, study: optuna.Study, trial: FrozenTrial, *result: Any) -> None:
+        self._tpe.after_trial(study, trial, *result)  # where Optuna keeps constraints by its samplers
+
+
 class _Chance:
     """Stands for a trial whose parameters are drawn."""
 
@@ -190,6 +220,7 @@ SAMPLERS: dict[str, Factory] = {
     "cma-es": _cma_es,
     "random": _random,
     "coordinate": CoordinateSampler,
+    "descent-tpe": DescentThenTpe,
     "exhaustive": _exhaustive,
 }
 _NEEDS = {"gp": ("torch", "scipy"), "cma-es": ("cmaes",)}

@@ -48,6 +48,12 @@ def neighbours(template: Template, config: Config) -> Iterator[Config]:
                 yield _settled(template, {**config, param.name: values[j]}, i)
 
 
+def normal(template: Template, config: Mapping[str, Value]) -> Config:
+    """``config``, which has a value for every parameter, as a point of the space: those that do not matter at
+    their first value."""
+    return _settled(template, config, -1)
+
+
 def _settled(template: Template, config: Mapping[str, Value], changed: int) -> Config:
     """``config`` with the parameters after number ``changed`` put at their first value where they do not matter."""
     chosen = {p.name: config[p.name] for p in template.space[: changed + 1]}

@@ -68,7 +68,7 @@ def busiest_first(counts: Counts) -> list[Problem]:
             "threshold": forward, "schedule": forward + backward, "forward": forward, "dq": backward, "dkv": backward,
         }  # fmt: skip
         return sum(
-            calls[t.name] * _roofline(t, t.default(problem, device), problem, device.cc) for t in TEMPLATES.values()
+            calls[t.name] * roofline(t, t.default(problem, device), problem, device.cc) for t in TEMPLATES.values()
         )
 
     return sorted(counts, key=seconds, reverse=True)
@@ -76,11 +76,11 @@ def busiest_first(counts: Counts) -> list[Problem]:
 
 def cost(search: Search, config: Config, kernels: Sequence[Kernel] = ()) -> float:
     """Seconds by the template's cost model, more where spills or few resident warps slow the kernels down."""
-    seconds = _roofline(search.template, config, search.problem, search.run.device.cc)
+    seconds = roofline(search.template, config, search.problem, search.run.device.cc)
     return seconds * max((_penalty(k, search.run.device) for k in kernels), default=1.0)
 
 
-def _roofline(template: Template, config: Config, problem: Problem, cc: int) -> float:
+def roofline(template: Template, config: Config, problem: Problem, cc: int) -> float:
     return template.cost(config, problem).seconds(*target_peak(cc).of(problem.dtype))
 
 

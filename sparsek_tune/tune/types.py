@@ -18,7 +18,7 @@ class Effort:
     problem, setting up included; sample_seconds: GPU time for timing one config; finalists, race_seconds: size and time
     of the last race; static_trials: configs compiled where there is no GPU; static_finalists: the most of them that are
     verified in the interpreter; timeout: wall seconds for one step (compile, verify, measure) of one candidate, after
-    which it is killed.
+    which it is killed; sampler: a name of ``samplers.SAMPLERS``, chosen by docs/simulation.md.
     """
 
     trials: int
@@ -29,12 +29,13 @@ class Effort:
     static_trials: int
     static_finalists: int
     timeout: float = 60.0
+    sampler: str = "descent-tpe"
 
 
 EFFORTS = {
-    "quick": Effort(20, 32.0, 0.05, 3, 0.5, 4, 2),
+    "quick": Effort(20, 28.0, 0.05, 3, 0.5, 4, 2),
     "default": Effort(80, 160.0, 0.1, 5, 1.0, 6, 2),
-    "full": Effort(400, 3600.0, 0.25, 8, 3.0, 48, 6),
+    "full": Effort(400, 3600.0, 0.25, 8, 3.0, 48, 6, sampler="tpe"),
     "exhaustive": Effort(1_000_000, 7 * 86400.0, 0.1, 8, 3.0, 1_000_000, 6),  # the whole space, however long it takes
 }
 

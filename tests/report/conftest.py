@@ -1,4 +1,4 @@
-"""Makes ``simulated`` importable; what several tests look at."""
+"""Makes ``test_page`` importable, here and elsewhere; what several tests look at."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import simulated
 
 sys.path.append(str(Path(__file__).parent))
-
-import simulated
 
 
 @pytest.fixture(scope="session")

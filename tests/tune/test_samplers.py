@@ -49,7 +49,7 @@ def test_every_sampler_gives_distinct_feasible_points_the_same_for_a_seed(name):
     assert asked == search(name, trials, answer, t) and asked != search(name, trials, answer, t, seed=1)
 
 
-@pytest.mark.parametrize("name", ["tpe", "coordinate"])
+@pytest.mark.parametrize("name", ["tpe", "coordinate", "descent-tpe"])
 def test_those_that_learn_find_more_than_chance(name):
     """Of 600 points the best two take at most 1.5 ms; 60 of them by chance hold one in 19 % of runs."""
     assert sum(min(map(ms, search(name, 60, seed=s))) <= 1.5 for s in range(4)) >= 3
@@ -118,6 +118,14 @@ def test_coordinate_descent_goes_on_from_what_is_known():
         rest.append(config)
         proposals.tell(config, ms(config))
     assert rest[:4] == whole[10:14]
+
+
+def test_descent_first_then_tpe_with_its_results(monkeypatch):
+    first = samplers._DESCENT
+    whole, descent = search("descent-tpe", 40), search("coordinate", 40)
+    assert whole[:first] == descent[:first] and whole[first:] != descent[first:]
+    monkeypatch.setattr(samplers, "_DESCENT", 0)
+    assert search("descent-tpe", 40) == search("tpe", 40) != whole
 
 
 def test_coordinate_descent_ends_with_the_space():
