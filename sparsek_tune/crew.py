@@ -35,7 +35,6 @@ class Crew:
     def __init__(self, first: Device, gpus: Mapping[int, Device], storage: str, jobs: int, env: Mapping[str, str]):
         self._first, self._gpus, self._storage, self._jobs, self._env = first, gpus, storage, jobs, dict(env)
         self.others: dict[Device, list[Row]] = {}
-        self.failed: list[str] = []
         self._hands: list[_Hand] = []
 
     def __call__(self, suite: Suite, emit: OnEvent) -> Crew:
@@ -65,7 +64,6 @@ class Crew:
                 suite.withdraw()
 
     def _say(self, message: str) -> None:
-        self.failed.append(message)
         self._emit(_note(message))
 
     def _quietly(self, device: Device) -> OnEvent:

@@ -94,7 +94,7 @@ def run_command(
             if len(found) > 1:
                 wanted["jobs"] = default_jobs(len(found))
                 others = {i: d for i, d in found.items() if i != first}
-                wanted["crew"] = crew = Crew(device, others, str(store.path), wanted["jobs"], env)
+                wanted["crew"] = crew = Crew(device, others, str(store.where), wanted["jobs"], env)
             rows = _tune(problems, device, store, wanted, lines, live=not (as_lines and sys.stdout.isatty()))
         if not as_lines:
             _table(rows)
@@ -107,10 +107,7 @@ def run_command(
 
 
 @click.command("worker")
-@click.option(
-    "--storage", metavar="PATH", type=click.Path(path_type=Path, dir_okay=False),
-    help="The database of the runs to join [default: as `run`].",
-)  # fmt: skip
+@options.storage_option
 @options.target_option
 @options.device_option
 @click.option(
@@ -123,7 +120,7 @@ def run_command(
 @click.option("--json", "as_lines", is_flag=True, help="Print every event as it comes, as `run` does.")
 @guarded
 def worker_command(
-    storage: Path | None, target: str | None, index: int | None, wait: float, jobs: int | None, suite: str | None,
+    storage: Path | str | None, target: str | None, index: int | None, wait: float, jobs: int | None, suite: str | None,
     as_lines: bool,
 ) -> None:  # fmt: skip
     """Join runs of others that tune on the same model of GPU with the same kernels, until none is left.

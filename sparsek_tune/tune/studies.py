@@ -14,7 +14,7 @@ import sqlite3
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
@@ -25,13 +25,15 @@ from optuna.distributions import BaseDistribution
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import event
+from sqlalchemy import create_engine, event
+from sqlalchemy.pool import NullPool
 
 from sparsek_tune.problem import Device
 
 INTERVAL = 5  # seconds between heartbeats of a claim
 GRACE = 20  # seconds without one, after which who held it is taken for dead
 _BUSY_SECONDS = 30.0
+_LOCK = 0x73747564  # of PostgreSQL's advisory locks, "stud"
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -68,6 +70,11 @@ class Studies:
             raise StudiesError(f"{_shown(url)} cannot be used as studies: {error}") from error
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
+
+    @classmethod
+    def of(cls, where: Path | str, again: Callable[[optuna.Study, FrozenTrial], None] | None = None) -> Studies:
+        """Those of a store (``Store.where``): beside its file, or on its server."""
+        return cls.beside(where, again) if isinstance(where, Path) else cls(where, again)
 
     @classmethod
     def beside(cls, database: Path, again: Callable[[optuna.Study, FrozenTrial], None] | None = None) -> Studies:
@@ -225,21 +232,36 @@ class Studies:
 
 def _storage(url: str, again: Callable[[optuna.Study, FrozenTrial], None] | None) -> RDBStorage:
     file = url.startswith("sqlite")
-    # sqlite3 must not begin transactions by itself: see _immediately.
-    options = {"connect_args": {"timeout": _BUSY_SECONDS, "isolation_level": None}} if file else {"pool_pre_ping": True}
+    # sqlite3 must not begin transactions by itself: see _immediately. Of a server, too, the studies may be lost.
+    options: dict[str, Any] = {"connect_args": {"timeout": _BUSY_SECONDS, "isolation_level": None}}
+    if not file:
+        options = {
+            "connect_args": {"connect_timeout": 10, "options": "-c synchronous_commit=off"},
+            "pool_pre_ping": True,
+        }
     callback: Any = "heartbeat_stale_trial_callback"
     if callback not in inspect.signature(RDBStorage).parameters:  # before Optuna 4.9
         callback = "failed_trial_callback"
     dead: Any = {callback: again}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        storage = RDBStorage(url, options, heartbeat_interval=INTERVAL, grace_period=GRACE, **dead)
+        with contextlib.nullcontext() if file else _alone(url):
+            storage = RDBStorage(url, options, heartbeat_interval=INTERVAL, grace_period=GRACE, **dead)
     if file:
         event.listen(storage.engine, "connect", _quick)
         event.listen(storage.engine, "begin", _immediately)
         storage.remove_session()
         storage.engine.dispose()  # connections that were made before
     return storage
+
+
+@contextlib.contextmanager
+def _alone(url: str) -> Iterator[None]:
+    """Optuna makes its tables: one process at a time, or they get in each other's way."""
+    engine = create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": 10})
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
+        yield
 
 
 def _quick(connection: Any, _: Any) -> None:

@@ -88,7 +88,7 @@ def join(
 ) -> int:
     """See :func:`sparsek_tune.tune.join`."""
     last, done = time.monotonic(), 0
-    with closing(Studies.beside(store.path, again)) as shared:
+    with closing(Studies.of(store.where, again)) as shared:
         while True:
             found = [Suite(shared, suite)] if suite else Suite.joinable(shared, device, templates)
             for one in found:
@@ -114,7 +114,7 @@ def _begun(
             problem = None
             if shared is None:
                 try:
-                    shared = stack.enter_context(closing(Studies.beside(store.path, again)))
+                    shared = stack.enter_context(closing(Studies.of(store.where, again)))
                 except StudiesError as error:
                     problem = str(error)
             run = stack.enter_context(Run(device, store, number, templates, about, on_event, factory, jobs, shared))
@@ -369,7 +369,7 @@ class Search:
         before = self.ledger.count()
         proposals = Proposals(
             self.template, self.problem, self.run.device, self.run.effort.trials,
-            known=self.ledger.times(), seed=self.seed ^ os.getpid(),
+            known=self.ledger.times(), seed=self.seed ^ os.getpid(), sampler=self.run.effort.sampler,
         )  # fmt: skip
         self.total = proposals.total
         if self.total <= before or time.monotonic() >= self.end:

@@ -41,7 +41,7 @@ def gpus(text):
 
 
 if __name__ == "__main__":
-    types.EFFORTS["default"] = types.Effort(40, 60.0, 0.01, 3, 0.01, 40, 2, timeout=3.0)
+    types.EFFORTS["default"] = types.Effort(40, 120.0, 0.01, 3, 0.01, 40, 2, timeout=30.0)
     studies.INTERVAL, studies.GRACE = 1, 3
     sparsek_tune.tune.tune, sparsek_tune.tune.join = tune, join
     options.gpu, options.gpus = gpu, gpus

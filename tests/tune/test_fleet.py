@@ -81,6 +81,7 @@ def fleet(tmp_path):
 def check_done(fleet, rows, *, devices=1, problems=3):
     """All configs of all problems were tried once, and the best is served."""
     assert [row["config"]["tile"] for row in rows] == [512] * 2 * problems, rows
+    assert set(fleet.ask("SELECT status FROM measurement")) == {("ok",)}
     tried = fleet.searched()
     assert set(tried.values()) == {1} and len(tried) == 7 * 2 * problems * devices
     assert len(fleet.ask("SELECT * FROM winner")) == 2 * problems * devices
@@ -170,20 +171,63 @@ def test_ctrl_c_and_a_killed_child_of_gpus(fleet, victim):
     check_done(fleet, lines[-1]["rows"])
 
 
-def test_four_static_workers_one_killed(fleet):
-    fleet = fleet(FAULTS_SPACE=json.dumps({"tiles": [8, 512]}), FLEET_PROBLEMS="6")
-    target = ("--target", "cuda:90", "--wait", "20", "--jobs", "1")
-    workers = [fleet.start("worker", *target) for _ in range(4)]
-    main = fleet.start("run", "--target", "cuda:90")
-    fleet.wait_for("SELECT DISTINCT run_id FROM measurement", 2)
+def four_static_workers(fleet, winners, *storage):
+    """Four processes and a run; one of them is killed as soon as it has worked at something."""
+    target = ("--target", "cuda:90", "--jobs", "1", *storage)
+    workers = [fleet.start("worker", *target, "--wait", "60") for _ in range(4)]
+    main = fleet.start("run", *target[:2], *storage)
+    logged(fleet, "interpret", workers[0])
     workers[0].kill()
     code, lines, err = fleet.end(main)
     assert code == 0, err
     rows = lines[-1]["rows"]
-    assert len(rows) == 12 and all(row["config"] for row in rows)
-    assert len(fleet.ask("SELECT * FROM winner")) == 12
+    assert len(rows) == 12 and all(row["config"] for row in rows) and winners() == 12
     for worker in workers[1:]:
         worker.send_signal(signal.SIGINT)  # it waits for another run
+        assert fleet.end(worker)[0] == 130
+
+
+def logged(fleet, kind, process):
+    """Wait until a process has begun to verify."""
+    end = time.monotonic() + 90
+    while not (fleet.log.exists() and any(_parent(pid) == process.pid for pid in fleet.pids(kind))):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def _parent(pid):
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return None
+
+
+def test_four_static_workers_one_killed(fleet):
+    fleet = fleet(FAULTS_SPACE=json.dumps({"tiles": [8, 512]}), FLEET_PROBLEMS="6")
+    four_static_workers(fleet, lambda: len(fleet.ask("SELECT * FROM winner")))
+
+
+def test_four_static_workers_on_a_server_one_killed(fleet, database, postgres):
+    fleet = fleet(FAULTS_SPACE=json.dumps({"tiles": [8, 512]}), FLEET_PROBLEMS="6")
+    name = database.rpartition("/")[2]
+    count = "SELECT count(*) FROM sparsek_tune.winner"
+    four_static_workers(fleet, lambda: postgres.sql(count, name)[0][0], "--storage", database)
+    studies = [s for (s,) in postgres.sql("SELECT study_name FROM studies", name)]
+    assert len(studies) == 1 and studies[0].startswith("suite on target cuda:90")
+
+
+def test_two_gpus_share_a_suite_on_a_server(fleet, database, postgres):
+    fleet = fleet(FLEET_GPUS='["same", "same"]')
+    code, lines, err = fleet.end(fleet.start("run", "--gpus", "all", "--storage", database))
+    assert code == 0, err
+    assert [row["config"]["tile"] for row in lines[-1]["rows"]] == [512] * 6
+    name = database.rpartition("/")[2]
+    tried = postgres.sql(
+        "SELECT count(*) FROM sparsek_tune.measurement WHERE protocol NOT LIKE '%race%' "
+        "GROUP BY template_id, problem_id, config_id",
+        name,
+    )
+    assert tried == [(1,)] * 42
 
 
 def test_without_a_run_to_join_a_worker_says_so(fleet):
