@@ -56,9 +56,10 @@ def parse(url: str) -> URL:
 
 
 class Server:
-    """The backend of a Store for a URL (see ``sqlite.File``). ``name`` has no password in it."""
+    """The backend of a Store for a URL (see ``sqlite.File``). ``name`` has no password in it, ``url`` may."""
 
     def __init__(self, url: str, read_only: bool) -> None:
+        self.url = url
         self._url = parse(url)
         self.name = self._url.render_as_string(hide_password=True)
         try:

@@ -112,8 +112,8 @@ class Store:
     server, postgresql+psycopg://USER@HOST/DATABASE.
 
     ``read_only`` opens what exists and never writes: for looking at files of others. ``path``: the file, or the URL
-    without its password. Every method raises DatabaseError (a subclass says what is wrong; the message how to mend it).
-    No file is ever deleted or overwritten.
+    without its password; ``where``: with it. Every method raises DatabaseError (a subclass says what is wrong; the
+    message how to mend it). No file is ever deleted or overwritten.
     """
 
     def __init__(self, where: str | os.PathLike[str] | None = None, *, read_only: bool = False) -> None:
@@ -122,6 +122,7 @@ class Store:
         else:
             self._backend = sqlite.File(Path(where) if where else default_path(), read_only)
         self.path: Path | str = self._backend.name
+        self.where: Path | str = self._backend.url if isinstance(self._backend, postgres.Server) else self._backend.name
 
     def __enter__(self) -> Store:
         return self
@@ -187,8 +188,9 @@ class Store:
             session.flush()
             return row.id
 
-    def measurements(self, device: Device, template: Template, problem: Problem) -> list[Recorded]:
-        """Everything recorded for exactly this fingerprint, template source and projected problem, oldest first."""
+    def measurements(self, device: Device, template: Template, problem: Problem, after: int = 0) -> list[Recorded]:
+        """Everything recorded for exactly this fingerprint, template source and projected problem, oldest first; after:
+        only what has a larger id."""
         query = (
             select(MeasurementRow, ConfigRow.key)
             .join(ConfigRow, ConfigRow.id == MeasurementRow.config_id)
@@ -199,6 +201,7 @@ class Store:
                 *_equal(DeviceRow, device.as_dict()),
                 *_equal(TemplateRow, _template(template)),
                 *_equal(ProblemRow, problem.project(template.fields)._asdict()),
+                MeasurementRow.id > after,
             )
             .order_by(MeasurementRow.id)
         )

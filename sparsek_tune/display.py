@@ -98,7 +98,8 @@ class _Lines:
 
 
 def _words(event: Event) -> str:
-    head, best = f"{event.kind:5} {event.template} [{event.problem}]", _best(event)
+    about = f" [{event.problem}]" if any(event.problem) else ""  # some notes are about no kernel
+    head, best = f"{event.kind:5} {event.template}{about}", _best(event)
     best = best and f"best {best}"
     if event.kind in ("trial", "race"):
         kernel = (f"{event.done} of {event.total} configs", best, _rate(event), _left(event.seconds_left))

@@ -6,14 +6,15 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 from sparsek_tune.command import BROKEN, Fault, fault_of
+from sparsek_tune.kernel_templates.base import Config
 from sparsek_tune.problem import Device, Problem
-from sparsek_tune.tune.types import Event, Row
+from sparsek_tune.tune.types import Event, Row, Trial, row_of
 
 VERSION = 1
 SCHEMA = Path(__file__).with_name("event.schema.json")
@@ -30,7 +31,7 @@ class EventLines:
     def __init__(self, out: TextIO | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._out, self._clock, self._start = out, clock, clock()
         self._about: dict[str, Any] = {"database": None, "device": None, "static": None}
-        self._rows: list[Row] = []
+        self._rows: dict[tuple[str, Problem], Row] = {}
         self._broken: OSError | None = None
 
     def begin(
@@ -41,7 +42,7 @@ class EventLines:
 
     def show(self, event: Event) -> None:
         if event.row is not None:
-            self._rows.append(event.row)
+            self._rows[event.row.template, event.row.problem] = event.row
         fields = event._asdict()
         fields.update(
             problem=event.problem._asdict(),
@@ -55,7 +56,7 @@ class EventLines:
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         words, code = _ending(error)
-        self._write("end", **self._about, rows=[_row(row) for row in self._rows], error=words, exit_code=code)
+        self._write("end", **self._about, rows=[_row(row) for row in self._rows.values()], error=words, exit_code=code)
         if self._broken is not None and error is None:
             why = self._broken.strerror or self._broken
             raise Fault(f"the events could not be written ({why}); all results are in the database", BROKEN)
@@ -72,6 +73,18 @@ class EventLines:
             self._broken = error
             _discard(self._out)
             self._out = None
+
+
+def event_of(document: Mapping[str, Any]) -> Event | None:
+    """The event that a line holds, None where it is the line of a run's beginning or end."""
+    if document["event"] in ("run", "end"):
+        return None
+    fields = {name: document[name] for name in Event._fields if name != "kind"}
+    trial, row = fields["trial"], fields["row"]
+    fields["problem"] = Problem(**fields["problem"])
+    fields["trial"] = None if trial is None else Trial(**{**trial, "config": Config(trial["config"])})
+    fields["row"] = None if row is None else row_of(row)
+    return Event(document["event"], **fields)
 
 
 def _row(row: Row) -> dict[str, Any]:

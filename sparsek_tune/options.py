@@ -94,7 +94,7 @@ def gpu(index: int | None) -> Device | None:
     GPU ``index`` becomes the only one that this process and its workers see: they all speak of GPU 0.
     """
     if index is not None:
-        _hide_others(index)
+        hide_others(index)
     try:
         return current_device()
     except RuntimeError as error:
@@ -103,7 +103,23 @@ def gpu(index: int | None) -> Device | None:
         raise Fault(f"--device must be the index of a GPU, but is {index}: {error}", NO_GPU) from error
 
 
-def _hide_others(index: int) -> None:
+def gpus(text: str) -> dict[int, Device]:
+    """The GPUs that --gpus names ("all", "0,2"), by index, in that order."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        raise Fault("--gpus needs a GPU, and there is none here", NO_GPU)
+    parts = [part.strip() for part in text.split(",")]
+    if text != "all" and not all(part.isdecimal() for part in parts):
+        raise click.BadParameter(f'must be "all" or indices of GPUs such as 0,2, but is {text!r}', param_hint="--gpus")
+    indices = range(count) if text == "all" else dict.fromkeys(map(int, parts))
+    if (most := max(indices)) >= count:
+        raise Fault(f"--gpus must name indices below {count}, but names {most}", NO_GPU)
+    return {index: current_device(index) for index in indices}
+
+
+def hide_others(index: int) -> None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = None if visible is None else [name.strip() for name in visible.split(",") if name.strip()]
     if names is not None and index >= len(names):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sparsek_tune import options
-from sparsek_tune.command import INTERRUPTED, NOTHING, Fault, guarded
+from sparsek_tune.command import DATABASE, INTERRUPTED, NO_GPU, NOTHING, Fault, guarded
 from sparsek_tune.kernel_templates import FAMILIES
 from sparsek_tune.problem import Device, Problem
 from sparsek_tune.tune.types import EFFORTS
+from sparsek_tune.tune.worker import die_with_parent
 
 if TYPE_CHECKING:
     from sparsek_tune.db.store import Store
@@ -41,6 +43,10 @@ if TYPE_CHECKING:
 @options.device_option
 @options.storage_option
 @click.option(
+    "--gpus", metavar="all|I,J,...",
+    help="Tune on all GPUs of this host, or on those with these indices, a process each [default: one GPU].",
+)  # fmt: skip
+@click.option(
     "--json", "as_lines", is_flag=True,
     help="Print every event as it comes, one JSON document a line, instead of a table at the end. "
     "sparsek_tune/event.schema.json describes a line.",
@@ -48,36 +54,108 @@ if TYPE_CHECKING:
 @guarded
 def run_command(
     models: tuple[str, ...], texts: tuple[str, ...], captures: tuple[Path, ...], effort: str, budget: float | None,
-    kernels: tuple[str, ...], target: str | None, index: int | None, storage: Path | str | None, as_lines: bool,
+    kernels: tuple[str, ...], target: str | None, index: int | None, storage: Path | str | None, gpus: str | None,
+    as_lines: bool,
 ) -> None:  # fmt: skip
     """Tune every kernel for the given shapes and store the winners.
 
     Goes on from what earlier runs measured; Ctrl-C keeps what was measured so far. Without a GPU, or with --target,
     candidates are cross-compiled, verified in Triton's interpreter and ranked by the cost model; such results are
     marked static and never replace a measured one.
+
+    Other processes may join: `sparsek-tune worker`. With --gpus, GPUs of one model work at one suite of problems, each
+    model at one of its own.
     """
+    from sparsek_tune.crew import Crew
     from sparsek_tune.db.store import Store
     from sparsek_tune.events import EventLines
+    from sparsek_tune.tune.compile import default_jobs
 
     with EventLines(sys.stdout if as_lines else None) as lines:
         problems = _problems(models, texts, captures)
         if target is not None and index is not None:
             raise click.UsageError("--target and --device exclude each other")
-        device = options.target(target) if target else options.gpu(index) or options.target("cuda:90")
+        if gpus is not None and (target is not None or index is not None):
+            raise click.UsageError(f"--gpus and --{'target' if target else 'device'} exclude each other")
+        crew: Crew | None = None
+        found, env = options.gpus(gpus) if gpus is not None else {}, dict(os.environ)
+        if found:
+            first, device = next(iter(found.items()))
+            options.hide_others(first)  # from the workers of this process
+        else:
+            device = options.target(target) if target else options.gpu(index) or options.target("cuda:90")
         if device.static:
             name = device.name.removeprefix("target ")
             click.echo(f"No GPU is used: static tuning for {name} (compiled and verified, not timed).", err=True)
         with Store(storage) as store:
             click.echo(f"{len(problems)} problem(s) on {device.name}; database {store.path}", err=True)
             lines.begin(store.path, device, effort, budget, problems)
-            wanted = {"effort": effort, "budget": budget, "kernels": kernels or None}
+            wanted: dict[str, Any] = {"effort": effort, "budget": budget, "kernels": kernels or None}
+            if len(found) > 1:
+                wanted["jobs"] = default_jobs(len(found))
+                others = {i: d for i, d in found.items() if i != first}
+                wanted["crew"] = crew = Crew(device, others, str(store.where), wanted["jobs"], env)
             rows = _tune(problems, device, store, wanted, lines, live=not (as_lines and sys.stdout.isatty()))
         if not as_lines:
             _table(rows)
+            for other, theirs in crew.others.items() if crew is not None else ():
+                _table(theirs, f"on {other.name}")
         if not rows:
             raise Fault("no kernel was tuned: the budget is too short", NOTHING)
         if all(row.config is None for row in rows):
             raise Fault("no kernel has a working config", NOTHING)
+
+
+@click.command("worker")
+@options.storage_option
+@options.target_option
+@options.device_option
+@click.option(
+    "--wait", type=click.FloatRange(0), default=0.0, metavar="SECONDS", help="Wait so long for runs to join.",
+)  # fmt: skip
+@click.option(
+    "--jobs", type=click.IntRange(1), metavar="N", help="Processes that compile [default: by CPUs and memory]."
+)
+@click.option("--suite", hidden=True)
+@click.option("--json", "as_lines", is_flag=True, help="Print every event as it comes, as `run` does.")
+@guarded
+def worker_command(
+    storage: Path | str | None, target: str | None, index: int | None, wait: float, jobs: int | None, suite: str | None,
+    as_lines: bool,
+) -> None:  # fmt: skip
+    """Join runs of others that tune on the same model of GPU with the same kernels, until none is left.
+
+    Takes problems that wait, and helps with searches where none does; what it measures is in the database of the run.
+    It may be killed at any time.
+    """
+    from sparsek_tune.db.store import Store
+    from sparsek_tune.display import progress
+    from sparsek_tune.events import EventLines
+    from sparsek_tune.tune import join
+    from sparsek_tune.tune.studies import StudiesError
+
+    if suite is not None:
+        die_with_parent()
+    with EventLines(sys.stdout if as_lines else None) as lines:
+        if target is not None and index is not None:
+            raise click.UsageError("--target and --device exclude each other")
+        device = options.target(target) if target else options.gpu(index)
+        if device is None:
+            raise Fault("there is no GPU here: name one with --target, such as --target cuda:90", NO_GPU)
+        with Store(storage) as store, progress(not (as_lines and sys.stdout.isatty())) as show:
+            click.echo(f"{device.name}; database {store.path}", err=True)
+            lines.begin(store.path, device, "", None, [])
+
+            def tell(event: Event) -> None:
+                lines.show(event)
+                show(event)
+
+            try:
+                joined = join(store, device, wait=wait, suite=suite, on_event=tell, jobs=jobs)
+            except StudiesError as error:
+                raise Fault(str(error), DATABASE) from error
+        if joined == 0:
+            raise Fault("there is no run to join: none tunes on this device with these kernels", NOTHING)
 
 
 def _tune(
@@ -117,14 +195,14 @@ def _problems(models: tuple[str, ...], texts: tuple[str, ...], captures: tuple[P
     return list(dict.fromkeys([*busiest_first(found), *named]))
 
 
-def _table(rows: Sequence[Row]) -> None:
+def _table(rows: Sequence[Row], title: str = "") -> None:
     from sparsek_tune.display import table
 
     header = ("kernel", "problem", "default ms", "tuned ms", "speed-up", "tried", "infeasible", "wrong", "failed")
-    table("", header, [
+    table(title, header, [
         (r.template, str(r.problem), r.default_ms, r.tuned_ms, r.speedup, r.tried, r.infeasible, r.wrong, r.failed)
         for r in rows
     ])  # fmt: skip
 
 
-COMMANDS = (run_command,)
+COMMANDS = (run_command, worker_command)

@@ -122,14 +122,14 @@ def _both(timed: Future[Compiled], cases: Future[Compiled]) -> Future[Compiled]:
     return both
 
 
-def default_jobs() -> int:
-    """One process per CPU that we may use, as far as memory goes, at most 16."""
+def default_jobs(pools: int = 1) -> int:
+    """For each of so many pools: one process per CPU that we may use, as far as memory goes, at most 16."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
         memory = 8 << 30
-    return max(1, min(cpus, memory // _BYTES_PER_COMPILE, 16))
+    return max(1, min(min(cpus, memory // _BYTES_PER_COMPILE) // pools, 16))
 
 
 class CompileService:

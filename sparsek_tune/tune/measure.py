@@ -18,6 +18,8 @@ CLOSE_ENOUGH = 0.01  # half width of the interval over the median at which sampl
 TIMER_MS = 0.0005  # ... or half width in ms: finer than events resolve
 FIRST, BATCH, MOST = 7, 10, 500
 CONFIDENCE = 0.95
+_LONGEST_SPIN = 7.5e-3  # seconds
+_ATTEMPTS = 4  # at samples that the host was too slow for; the last ones are taken as they are
 PROTOCOL: dict[str, Any] = {
     "timer": "cuda-events",
     "l2": "cold",
@@ -113,11 +115,19 @@ def choose(default: Estimate, others: Sequence[Estimate]) -> int | None:
     return min(better, key=lambda i: others[i].median) if better else None
 
 
+class _Spin:
+    """How long the GPU spins before a sample, at most _LONGEST_SPIN; grows with what the host is seen to need."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = min(seconds, _LONGEST_SPIN)
+
+
 class CudaSampler:
     """Times a function on the current CUDA device. l2: bytes of its L2 cache.
 
     Before every sample twice the L2 is overwritten. A short spin on the GPU, as long as the host needs to launch the
-    function, then keeps the host ahead: the events time the kernels, not the launches.
+    function, then keeps the host ahead: the events time the kernels, not the launches. A sample for which the host
+    needed longer, as on a busy machine, is taken again after a longer spin.
     """
 
     def __init__(self, l2: int) -> None:
@@ -130,9 +140,8 @@ class CudaSampler:
 
     def __call__(self, run: Callable[[], Any], warm_seconds: float = 0.02) -> Sample:
         """A Sample of ``run``, warmed up (compiled, clocks raised) for at least two calls."""
-        host = min(self._warm_up(run, warm_seconds), 5e-3)
-        spin = int(1.5 * host * self._cycles_per_second)
-        return lambda count: self._sample(run, count, spin)
+        spin = _Spin(1.5 * self._warm_up(run, warm_seconds))
+        return lambda count: self._samples(run, count, spin)
 
     def _warm_up(self, run: Callable[[], Any], seconds: float) -> float:
         """Seconds of host time of one launch."""
@@ -148,14 +157,29 @@ class CudaSampler:
             if time.monotonic() >= end:
                 return host
 
-    def _sample(self, run: Callable[[], Any], count: int, spin: int) -> list[float]:
-        cuda = self._torch.cuda
+    def _samples(self, run: Callable[[], Any], count: int, spin: _Spin) -> list[float]:
+        kept: list[float] = []
+        for attempt in range(_ATTEMPTS):
+            before = spin.seconds
+            times, hosts = self._sample(run, count - len(kept), before)
+            last = attempt == _ATTEMPTS - 1 or before >= _LONGEST_SPIN
+            kept += [t for t, host in zip(times, hosts, strict=True) if last or host <= before]
+            if len(kept) == count:
+                break
+            spin.seconds = min(_LONGEST_SPIN, max(before, 1.5 * max(hosts)))
+        return kept
+
+    def _sample(self, run: Callable[[], Any], count: int, spin: float) -> tuple[list[float], list[float]]:
+        """Times (ms) of so many calls, each after a spin (s), and the host's seconds to launch each."""
+        cuda, hosts = self._torch.cuda, []
         pairs = [(cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)) for _ in range(count)]
         for start, stop in pairs:
             self._flush.zero_()
-            cuda._sleep(spin)
+            cuda._sleep(int(spin * self._cycles_per_second))
+            began = time.perf_counter()
             start.record()
             run()
             stop.record()
+            hosts.append(time.perf_counter() - began)
         cuda.synchronize()
-        return [start.elapsed_time(stop) for start, stop in pairs]
+        return [start.elapsed_time(stop) for start, stop in pairs], hosts

@@ -83,13 +83,24 @@ class Proposals:
         return None
 
     def tell(self, config: Config, ms: float | None) -> None:
-        """The time (ms) of a config that was asked for; None where it gave none (infeasible, wrong, crashed, hung)."""
+        """The time (ms) of a config that was asked for here or elsewhere; None where it gave none (infeasible, wrong,
+        crashed, hung)."""
+        if config not in self._seen:  # another process's
+            self._left -= 1
         self._seen[config] = ms
         trial = self._open.pop(config, None)
         if trial is not None:
             self._finish(trial, ms)
         elif self._study is not None:
             self._teach(config, ms)
+
+    def again(self, config: Config) -> None:
+        """Propose a config once more, next of all: nothing came of it."""
+        del self._seen[config]
+        self._left += 1
+        self._first.insert(0, config)
+        if (trial := self._open.pop(config, None)) is not None and self._study is not None:
+            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
 
     def _next_first(self) -> Config | None:
         while self._first:

@@ -38,8 +38,18 @@ class Ledger:
         self._ids: dict[Config, int] = {}
         self._last_trial = ""  # when the latest config was timed outside of a race
         self.best_ms: float | None = None  # of all that were timed
-        for row in store.measurements(device, template, problem):
-            self._note(row)
+        self._seen = 0  # measurements of the store up to this one are known
+        self.refresh()
+
+    def refresh(self) -> dict[Config, Measured]:
+        """Take in what others added to the store meanwhile; returns that."""
+        new = {}
+        for row in self._store.measurements(*self._key, after=self._seen):
+            self._seen = row.id
+            if self._ids.get(row.config, 0) < row.id:  # not by this ledger itself
+                self._note(row)
+                new[row.config] = row.result
+        return new
 
     def _note(self, row: Recorded) -> None:
         self._ids[row.config] = row.id

@@ -24,7 +24,7 @@ from sparsek_tune.tune.types import Kernel, Row, Trial
 from sparsek_tune.tune.verify import reduced
 
 if TYPE_CHECKING:
-    from sparsek_tune.tune.tuner import Search
+    from sparsek_tune.tune.search import Search
 
 _FEW_WARPS = 8  # resident warps on an SM below which latency shows
 _LITTLE_STACK = 64  # bytes of spills a thread that do not show

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -58,6 +58,12 @@ class Row(NamedTuple):
     wrong: int
     failed: int
     config: Config | None
+
+
+def row_of(fields: Mapping[str, Any]) -> Row:
+    """A row from its JSON form."""
+    config = None if fields["config"] is None else Config(fields["config"])
+    return Row(**{**fields, "problem": Problem(**fields["problem"]), "config": config})
 
 
 class Trial(NamedTuple):

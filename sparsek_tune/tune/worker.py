@@ -47,7 +47,7 @@ def classify(error: BaseException) -> tuple[str, bool]:
 
 
 def main() -> None:
-    _die_with_parent()
+    die_with_parent()
     # The protocol gets private descriptors; whatever prints to stdout (ptxas prints whole programs) goes to the log.
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -87,7 +87,7 @@ def _load(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Ask the kernel to kill this process when its parent goes, however it goes; and so for what it starts (ptxas)."""
     if sys.platform == "linux":
         ask = partial(ctypes.PyDLL(None).prctl, _PR_SET_PDEATHSIG, signal.SIGKILL)

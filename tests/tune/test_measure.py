@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from sparsek_tune.tune.measure import FIRST, MOST, Estimate, _lower_rank, choose, estimate, measure, race
+from sparsek_tune.tune import measure as module
+from sparsek_tune.tune.measure import FIRST, MOST, CudaSampler, Estimate, _lower_rank, choose, estimate, measure, race
 
 
 def source(draw, calls=None):
@@ -117,3 +118,68 @@ def test_only_an_interval_below_the_defaults_wins():
     assert choose(default, [Estimate(0.96, 0.90, 1.0, 20), Estimate(0.8, 0.5, 0.96, 20)]) is None
     assert choose(default, [Estimate(0.9, 0.88, 0.94, 20), Estimate(0.8, 0.7, 0.9, 20)]) == 1
     assert choose(default, []) is None
+
+
+class Gpu:
+    """In place of torch and of the host's clock: a kernel of 0.1 ms, which ends later where the host launches it after
+    the spin is over. host: seconds that the next launches take, the last one over and over."""
+
+    def __init__(self, monkeypatch, *host):
+        self.host, self.now, self.spins, self._spin_ends = list(host), 0.0, [], 0.0
+        self.cuda = self
+        monkeypatch.setattr(module.time, "perf_counter", lambda: self.now)
+        monkeypatch.setitem(__import__("sys").modules, "torch", self)
+        self.int8 = self.empty = self.Event = self._any
+        self.current_device = self.get_device_properties = self._any
+        self.clock_rate = 1_000_000  # kHz
+
+    def _any(self, *_, **__):
+        return self if "enable_timing" not in __ else Event(self)
+
+    def zero_(self):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def _sleep(self, cycles):
+        self.spins.append(cycles / 1e9)
+        self._spin_ends = self.now + cycles / 1e9
+
+    def run(self):
+        self.now += self.host[0] if len(self.host) == 1 else self.host.pop(0)
+
+    def late(self):
+        return max(0.0, self.now - self._spin_ends)
+
+
+class Event:
+    def __init__(self, gpu):
+        self.gpu = gpu
+
+    def record(self):
+        self.late = self.gpu.late()
+
+    def elapsed_time(self, stop):
+        return 0.1 + 1e3 * stop.late
+
+
+def test_a_host_that_is_ahead_is_not_timed(monkeypatch):
+    gpu = Gpu(monkeypatch, 1e-3)
+    sample = CudaSampler(50 << 20)(gpu.run, warm_seconds=0.0)
+    assert sample(3) == pytest.approx([0.1] * 3) and gpu.spins == pytest.approx([1.5e-3] * 3)
+
+
+def test_samples_for_which_the_host_was_too_slow_are_taken_again(monkeypatch):
+    gpu = Gpu(monkeypatch, 1e-3, 1e-3, 1e-3, 4e-3, 1e-3, 2e-3)
+    sample = CudaSampler(50 << 20)(gpu.run, warm_seconds=0.0)  # two calls
+    assert sample(3) == pytest.approx([0.1] * 3)
+    assert gpu.spins == pytest.approx([1.5e-3] * 3 + [6e-3])  # one of three, and again
+    assert sample(2) == pytest.approx([0.1] * 2) and gpu.spins[4:] == pytest.approx([6e-3] * 2)
+
+
+def test_a_host_that_is_slower_than_the_longest_spin_is_taken_as_it_is(monkeypatch):
+    gpu = Gpu(monkeypatch, 1e-3, 1e-3, 20e-3)
+    sample = CudaSampler(50 << 20)(gpu.run, warm_seconds=0.0)
+    (time,) = sample(1)
+    assert time == pytest.approx(0.1 + 20 - 7.5) and gpu.spins == pytest.approx([1.5e-3, 7.5e-3])

@@ -1,0 +1,192 @@
+"""The shared studies: claims, the dead, a file that is broken, older, newer or cannot be made."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from contextlib import closing
+
+import faults
+import pytest
+from optuna.trial import TrialState
+
+from sparsek_tune.db.store import Store
+from sparsek_tune.kernel_templates.base import Config
+from sparsek_tune.tune import EFFORTS, studies, types
+from sparsek_tune.tune.board import Board, name_of
+from sparsek_tune.tune.studies import Studies, StudiesError, path_beside
+from sparsek_tune.tune.suite import Suite, again, tasks
+from sparsek_tune.tune.tuner import tune
+
+T, P, D = faults.template(), faults.PROBLEM, faults.DEVICE
+C = [Config(tile=16 << i, fault="none") for i in range(4)]
+
+
+@pytest.fixture
+def database(tmp_path):
+    return tmp_path / "cache.db"
+
+
+@pytest.fixture
+def two(database):
+    """Two processes' views of the same studies."""
+    with closing(Studies.beside(database, again)) as one, closing(Studies.beside(database, again)) as other:
+        yield one, other
+
+
+def board(shared, notes=None):
+    return Board(shared, D, T, P, [].append if notes is None else notes.append)
+
+
+def test_a_config_is_claimed_once_and_again_when_given_back(two):
+    one, other = map(board, two)
+    assert one.claim(C[0]) and not other.claim(C[0]) and other.claim(C[1])
+    assert one.others() == {C[1]} and other.others() == {C[0]}
+    one.drop(C[0])
+    assert other.others() == set() and other.claim(C[0])
+    other.settle(C[0], "ok", 2.5)
+    other.settle(C[1], "infeasible", None)
+    found = two[0].trials(two[0].study(name_of(D, T, P)))
+    done = {t.user_attrs["claim"]["config"]: t for t in found if t.state == TrialState.COMPLETE}
+    assert list(done) == [C[0].key] and done[C[0].key].value == 2.5 and done[C[0].key].params == {"tile": 16}
+    assert any(t.user_attrs.get("status") == "infeasible" for t in found)
+
+
+def test_alone_a_process_need_not_look_at_the_store_again(two):
+    one, other = map(board, two)
+    assert one.claim(C[0]) and not one.quiet  # nobody knows what was before
+    assert one.claim(C[1]) and one.quiet
+    assert other.claim(C[2])
+    other.settle(C[2], "ok", 1.0)
+    assert one.claim(C[3]) and not one.quiet
+
+
+def test_many_threads_never_hold_one_config_together(database):
+    Studies.beside(database).close()
+    granted, gate = [], threading.Barrier(4)
+
+    def work():
+        with closing(Studies.beside(database)) as shared:
+            mine = board(shared)
+            gate.wait()
+            granted.extend(config for config in C if mine.claim(config))
+            gate.wait()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(c["tile"] for c in granted) == [16, 32, 64, 128]
+
+
+def test_the_claims_of_the_dead_are_free_again(database, monkeypatch):
+    monkeypatch.setattr(studies, "INTERVAL", 1)
+    monkeypatch.setattr(studies, "GRACE", 2)
+    with closing(Studies.beside(database, again)) as alive:
+        suite = Suite.create(alive, D, {"fake": T}, tasks([P], [T]), {"effort": "quick", "seed": 0, "until": None})
+        dead = Studies.beside(database, again)
+        claim, work = Suite(dead, suite.name).take()
+        assert board(dead).claim(C[0]) and suite.take() is None
+        mine = board(alive)
+        time.sleep(4.5)  # heartbeats keep it
+        assert mine.others() == {C[0]} and suite.take() is None and not suite.over()
+        dead._stop.set()  # as if it were killed
+        end = time.monotonic() + 10
+        while mine.others() or (taken := suite.take()) is None:
+            suite.over()
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        assert taken[1] == work == (P, ("fake",)) and taken[0] != claim and mine.claim(C[0])
+
+
+def test_what_is_closed_gives_its_claims_back(two):
+    suite = Suite.create(two[0], D, {"fake": T}, tasks([P], [T]), {"effort": "quick", "seed": 0, "until": None})
+    other = Suite(two[1], suite.name)
+    assert other.take() is not None and board(two[1]).claim(C[0]) and suite.take() is None
+    two[1].close()
+    assert suite.take() is not None and board(two[0]).others() == set()
+    suite.withdraw()
+    two[0].close()
+    with closing(Studies(two[0].url, again)) as third:
+        assert Suite.joinable(third, D, {"fake": T}) == []  # withdrawn: nobody goes on with it
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(EFFORTS, "tiny", types.Effort(40, 60.0, 0.01, 3, 0.01, 4, 2, timeout=3.0))
+
+
+def go(database, notes):
+    with Store(database) as store:
+        see = lambda event: notes.append(event.message) if event.kind == "note" else None  # noqa: E731
+        return tune([P], D, store, effort="tiny", templates={"fake": T}, factory=faults.FACTORY, on_event=see)
+
+
+def _newer(path):
+    Studies.beside(path.with_name("cache.db")).close()
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'v99.0.0'")
+
+
+def _other_tables(path):
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("CREATE TABLE studies (x)")
+
+
+@pytest.mark.parametrize("spoil", [lambda path: path.write_bytes(b"no database" * 1000), _newer, _other_tables])
+def test_a_file_of_no_use_is_put_aside(database, tiny, spoil):
+    path = path_beside(database)
+    spoil(path)
+    before, notes = path.read_bytes(), []
+    (row,) = go(database, notes)
+    assert row.config == C[3] and notes == []
+    assert path.with_name("cache.studies.db.old").read_bytes() == before
+    with closing(Studies.beside(database)) as shared:
+        assert name_of(D, T, P) in shared.names()
+
+
+def test_without_studies_a_process_goes_on_by_itself(database, tiny):
+    path_beside(database).mkdir()
+    (path_beside(database) / "file").touch()
+    path_beside(database).with_name("cache.studies.db.old").mkdir()
+    (path_beside(database).with_name("cache.studies.db.old") / "file").touch()
+    notes = []
+    (row,) = go(database, notes)
+    assert row.config == C[3] and len(notes) == 1 and "works by itself" in notes[0]
+
+
+def test_studies_that_break_in_the_middle_stop_nothing(database, tiny, monkeypatch):
+    real, calls = Studies.add, []
+
+    def add(self, study, state, *rest):
+        calls.append(state)
+        if len(calls) > 3:
+            raise StudiesError("the studies are gone")
+        return real(self, study, state, *rest)
+
+    monkeypatch.setattr(Studies, "add", add)
+    notes = []
+    (row,) = go(database, notes)
+    assert row.config == C[3] and row.tried == 4
+    assert notes == ["the studies are gone; this process goes on by itself"]
+
+
+def test_devices_sources_and_spaces_have_studies_of_their_own():
+    import dataclasses
+
+    names = {
+        name_of(D, T, P),
+        name_of(dataclasses.replace(D, driver="other"), T, P),
+        name_of(D, faults.template(tiles=(16, 64)), P),
+        name_of(D, faults.template("other"), P),
+        name_of(D, T, P._replace(n=2048)),
+    }
+    assert len(names) == 5 and name_of(D, T, P._replace(gate="v")) in names
+
+
+def test_every_kernel_belongs_to_the_first_problem_that_needs_it():
+    one, two = faults.template("one", fields=("n",)), faults.template("two")
+    other = P._replace(d=128)
+    assert tasks([P, other, P._replace(k=8)], [one, two]) == [(P, ("one", "two")), (other, ("two",))]
