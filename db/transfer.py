@@ -81,7 +81,7 @@ def export(store: Store) -> list[Record]:
         won: dict[int, list[RaceRow]] = {}
         for race in session.scalars(select(RaceRow)):
             won.setdefault(race.measurement_id, []).append(race)
-        return [_record(*row, won.get(row[0].id, [])) for row in session.execute(query)]
+        return [_record(*tuple(row), won=won.get(row[0].id, [])) for row in session.execute(query)]
 
 
 def _record(
