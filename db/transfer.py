@@ -81,11 +81,11 @@ def export(store: Store) -> list[Record]:
         won: dict[int, list[RaceRow]] = {}
         for race in session.scalars(select(RaceRow)):
             won.setdefault(race.measurement_id, []).append(race)
-        return [_record(won.get(row[0].id, []), *row) for row in session.execute(query)]
+        return [_record(*tuple(row), won=won.get(row[0].id, [])) for row in session.execute(query)]
 
 
 def _record(
-    won: list[RaceRow], m: MeasurementRow, run: RunRow, device: Any, template: Any, problem: Any, key: str, winner: Any
+    m: MeasurementRow, run: RunRow, device: Any, template: Any, problem: Any, key: str, winner: Any, won: list[RaceRow]
 ) -> Record:
     def fields(row: Any, names: Iterable[str]) -> dict[str, Any]:
         return {name: getattr(row, name) for name in names}
