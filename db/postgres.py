@@ -17,13 +17,16 @@ from sparsek_tune.db.errors import (
 )
 from sparsek_tune.db.reader import APPLICATION_ID, BUSY_SECONDS, SCHEMA_VERSION
 from sparsek_tune.db.schema import Base
+from sparsek_tune.db.sqlite import MIGRATIONS, migrations_of
 
 SCHEMA = "sparsek_tune"
 _CONNECT_SECONDS = 10
 _TRIGGERS = f"""
 CREATE FUNCTION {SCHEMA}.refuse() RETURNS trigger LANGUAGE plpgsql AS
-    $$ BEGIN RAISE EXCEPTION 'measurements are append-only'; END $$;
+    $$ BEGIN RAISE EXCEPTION 'measurements and races are append-only'; END $$;
 CREATE TRIGGER measurement_is_never_changed BEFORE UPDATE OR DELETE OR TRUNCATE ON {SCHEMA}.measurement
+    FOR EACH STATEMENT EXECUTE FUNCTION {SCHEMA}.refuse();
+CREATE TRIGGER race_is_never_changed BEFORE UPDATE OR DELETE OR TRUNCATE ON {SCHEMA}.race
     FOR EACH STATEMENT EXECUTE FUNCTION {SCHEMA}.refuse();
 """
 # By SQLSTATE, or the class that its first two characters name.
@@ -70,12 +73,15 @@ class Server:
         try:
             with self.read.begin() as connection:
                 version = self._version(connection)
-            if version < SCHEMA_VERSION:
-                if read_only:
-                    raise MissingError(
-                        f"{self.name} holds no tables of ours yet: `sparsek-tune run --storage` makes them"
-                    )
+            if version < SCHEMA_VERSION and not read_only:
                 self._prepare()
+            elif version == 0:
+                raise MissingError(f"{self.name} holds no tables of ours yet: `sparsek-tune run --storage` makes them")
+            elif version < SCHEMA_VERSION:
+                raise DatabaseError(
+                    f"the database {self.name} has schema {version}, older than this version's {SCHEMA_VERSION}: a "
+                    "command that writes, such as `sparsek-tune run --storage`, brings it up to date"
+                )
         except exc.DBAPIError as error:
             raise self.explain(error) from error
 
@@ -102,15 +108,22 @@ class Server:
         return kind(f"the database {self.name} {words} (PostgreSQL: {said})")
 
     def _prepare(self) -> None:
-        """Make the tables, unless another process was faster."""
+        """Make the tables, or bring them up to date, unless another process was faster."""
         with self.write.begin() as connection:
             self.begin(connection, write=True)
-            if self._version(connection) == 0:
+            version = self._version(connection)
+            if version == 0:
                 connection.exec_driver_sql(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
                 Base.metadata.create_all(connection, checkfirst=False)
                 connection.exec_driver_sql(_TRIGGERS)
                 connection.exec_driver_sql(f"CREATE TABLE {SCHEMA}.schema_version (version integer NOT NULL)")
                 connection.exec_driver_sql(f"INSERT INTO {SCHEMA}.schema_version VALUES ({SCHEMA_VERSION})")
+            elif version < SCHEMA_VERSION:
+                migrations = migrations_of(MIGRATIONS / "postgresql")
+                connection.exec_driver_sql(f"SET LOCAL search_path TO {SCHEMA}")
+                for number in range(version + 1, SCHEMA_VERSION + 1):
+                    connection.exec_driver_sql(migrations[number])
+                connection.exec_driver_sql(f"UPDATE schema_version SET version = {SCHEMA_VERSION}")
 
     def _version(self, connection: Connection) -> int:
         """Of the schema; 0 where there is none. Raises NewerSchemaError."""

@@ -16,7 +16,7 @@ from sparsek_tune.db.errors import CorruptError, DatabaseError, MissingError, Ne
 from sparsek_tune.problem import Device, Problem
 
 APPLICATION_ID = int.from_bytes(b"SPTK", "big")
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_SECONDS = 30.0
 SHIPPED = Path(__file__).parent / "pretuned"
 

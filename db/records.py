@@ -19,10 +19,14 @@ from typing import Any, NoReturn, TextIO
 
 from sparsek_tune.db.errors import DatabaseError
 
-HEADER = {"format": "sparsek-tune-records", "version": 1}
+HEADER = {"format": "sparsek-tune-records", "version": 2}
+_VERSIONS = (1, 2)
 SCHEMA = Path(__file__).with_name("record.schema.json")
 LONGEST = 1 << 18  # characters of a line
 _DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)  # what a compressed file raises
+
+_TIMED = ("ok", "static")
+_LAST_YEAR = 9998  # a later race has to find a later moment
 
 Record = dict[str, Any]
 
@@ -50,20 +54,47 @@ def open_text(path: Path) -> TextIO:
 def read(file: TextIO, name: str) -> list[Record]:
     """All records of an open text file. Raises RecordError, which calls it ``name``, for any line that is not right;
     OSError where it cannot be read."""
-    records = []
-    number = 0
+    records: list[Record] = []
+    number, version = 0, 0
     try:
         for number, line in enumerate(_lines(file), 1):
             document = _parse(line)
-            _check(document, first=number == 1)
-            if number > 1:
+            if number == 1:
+                version = _version(document)
+            else:
+                _check(document, version)
                 records.append(document)
     except (ValueError, RecursionError, *_DAMAGED) as error:
         words = "is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise RecordError(f"{name}, line {max(number, 1)}: {words}; nothing was taken from the file") from error
     if not number:
         raise RecordError(f"{name} is empty: a file that `sparsek-tune export` wrote begins with a header")
-    return records
+    return _with_races(records) if version == 1 else records
+
+
+def _with_races(records: Iterable[Record]) -> list[Record]:
+    """Records of version 1, which knew of each winner's last race alone, as those of today. By the rule of migration
+    0002: decided not before the newest attempt, in sight of every attempt that could have won an earlier one."""
+    records = list(records)
+    newest: dict[str, str] = {}
+    known: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
+    for record in records:
+        key, moment = _problem(record), record["created_at"]
+        newest[key] = max(newest.get(key, moment), moment)
+        if record["status"] in _TIMED:
+            run = {name: record["run"][name] for name in ("host", "pid", "started_at")}
+            known.setdefault(key, {})[tuple(run.values())] = run
+
+    def races(record: Record) -> list[dict[str, Any]]:
+        key = _problem(record)
+        runs = [run for _, run in sorted(known.get(key, {}).items())]
+        return [{**record["winner"], "created_at": newest[key], "known": runs}] if record["winner"] else []
+
+    return [record | {"races": races(record)} for record in records]
+
+
+def _problem(record: Record) -> str:
+    return json.dumps([record[name] for name in ("device", "template", "problem")], sort_keys=True)
 
 
 def _lines(file: TextIO) -> Iterator[str]:
@@ -95,24 +126,29 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check(document: Any, first: bool) -> None:
-    """Raises ValueError that says where and why ``document`` is not what such a line holds."""
-    if first and isinstance(document, dict) and document.get("format") == HEADER["format"]:
-        if document.get("version") != HEADER["version"]:
-            known = HEADER["version"]
-            raise ValueError(f"version must be {known}, but is {document.get('version')!r}: upgrade sparsek-tune")
-        return
-    if first:
+def _version(header: Any) -> int:
+    """Of a file that begins with ``header``. Raises ValueError unless it is one that is known."""
+    if not isinstance(header, dict) or header.get("format") != HEADER["format"]:
         raise ValueError(f"must be the header {json.dumps(HEADER)}")
+    if (version := header.get("version")) not in _VERSIONS:
+        known = " or ".join(map(str, _VERSIONS))
+        raise ValueError(f"version must be {known}, but is {version!r}: upgrade sparsek-tune")
+    return version
+
+
+def _check(document: Any, version: int) -> None:
+    """Raises ValueError that says where and why ``document`` is not a record of such a file."""
     from jsonschema.exceptions import best_match
 
-    if error := best_match(_validator().iter_errors(document)):
+    if error := best_match(_validator(version).iter_errors(document)):
         raise ValueError(f"{error.json_path}: {error.message[:200]}")
     _check_sense(document)
+    if version > 1:
+        _check_races(document)
 
 
 @cache
-def _validator() -> Any:
+def _validator(version: int) -> Any:
     from jsonschema import Draft202012Validator
     from jsonschema.validators import extend
 
@@ -121,12 +157,16 @@ def _validator() -> Any:
 
     schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
     kind = extend(Draft202012Validator, type_checker=Draft202012Validator.TYPE_CHECKER.redefine("integer", integer))
+    record = schema["$defs"]["record"]
+    if version == 1:
+        record["required"].remove("races")
+        del record["properties"]["races"]
     return kind({"$ref": "#/$defs/record", "$defs": schema["$defs"]})
 
 
 def _check_sense(record: Record) -> None:
     """What a schema cannot say."""
-    timed = record["status"] in ("ok", "static")
+    timed = record["status"] in _TIMED
     low, median, high = record["ci_low_ms"], record["median_ms"], record["ci_high_ms"]
     given = [t for t in (low, median, high) if t is not None]
     if (given or record["winner"]) and not timed:
@@ -138,3 +178,14 @@ def _check_sense(record: Record) -> None:
     for moment in (record["created_at"], record["run"]["started_at"], record["run"]["finished_at"]):
         if moment is not None:
             datetime.fromisoformat(moment)
+
+
+def _check_races(record: Record) -> None:
+    if record["races"] and record["status"] not in _TIMED:
+        raise ValueError(f"$.races: an attempt of status {record['status']} has won no race")
+    if record["winner"] is not None and not record["races"]:
+        raise ValueError("$.winner: what is served must have won a race, but races is empty")
+    for race in record["races"]:
+        for moment in (race["created_at"], *(run["started_at"] for run in race["known"])):
+            if datetime.fromisoformat(moment).year > _LAST_YEAR:
+                raise ValueError(f"$.races: a moment must be before the year {_LAST_YEAR + 1}, but is {moment}")

@@ -108,8 +108,21 @@ class MeasurementRow(Base):
     )
 
 
+class RaceRow(Base):
+    """A race that a measurement won: appended, never changed. ``known``: JSON, the runs that it took into account."""
+
+    __tablename__ = "race"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    measurement_id: Mapped[int] = mapped_column(ForeignKey("measurement.id"))
+    default_ms: Mapped[float | None]
+    tuned_ms: Mapped[float | None]
+    created_at: Mapped[str]
+    known: Mapped[str]
+    __table_args__ = (Index("ix_race_measurement", "measurement_id"),)
+
+
 class WinnerRow(Base):
-    """The config that is served; derived, so it may be replaced. One for every device, template and problem."""
+    """The config that is served; derived from the races. One for every device, template and problem."""
 
     __tablename__ = "winner"
     device_id: Mapped[int] = mapped_column(ForeignKey("device.id"), primary_key=True)

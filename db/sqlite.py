@@ -31,7 +31,7 @@ class File:
             reader.connect(path).close()
         else:
             prepare(path)
-        opener = reader.connect if read_only else connect
+        opener = connect_read_only if read_only else connect
         engine = create_engine("sqlite://", creator=lambda: opener(path), poolclass=NullPool)
         event.listen(engine, "begin", _begin)
         self.read, self.write = engine, engine.execution_options(sparsek_begin="IMMEDIATE")
@@ -64,6 +64,30 @@ def connect(path: Path) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def connect_read_only(path: Path) -> sqlite3.Connection:
+    """A read-only connection that shows today's tables: an older file stays as it is, a copy in memory is brought up.
+
+    Raises DatabaseError, sqlite3.Error.
+    """
+    connection = reader.connect(path)
+    try:
+        if schema_version(connection, path) == reader.SCHEMA_VERSION:
+            return connection
+        copy = sqlite3.connect(":memory:", isolation_level=None)
+        try:
+            connection.backup(copy)
+            _migrate(copy, path)
+            copy.execute("PRAGMA query_only = ON")
+        except BaseException:
+            copy.close()
+            raise
+    except BaseException:
+        connection.close()
+        raise
+    connection.close()
+    return copy
 
 
 def prepare(path: Path) -> None:
@@ -107,7 +131,11 @@ def is_network(path: Path, mounts: Path = Path("/proc/mounts")) -> bool:
 
 def migrations() -> dict[int, str]:
     """Schema version to the SQL that leads to it."""
-    return {int(file.name[:4]): file.read_text(encoding="utf-8") for file in sorted(MIGRATIONS.glob("*.sql"))}
+    return migrations_of(MIGRATIONS)
+
+
+def migrations_of(folder: Path) -> dict[int, str]:
+    return {int(file.name[:4]): file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.sql"))}
 
 
 def _check(connection: sqlite3.Connection, path: Path) -> None:

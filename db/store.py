@@ -21,7 +21,6 @@ import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,8 +28,9 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import exc, func, select
 from sqlalchemy.orm import Session
 
-from sparsek_tune.db import postgres, sqlite
+from sparsek_tune.db import postgres, races, sqlite
 from sparsek_tune.db.errors import DatabaseError, explain
+from sparsek_tune.db.races import now
 from sparsek_tune.db.reader import Entry, default_path
 from sparsek_tune.db.schema import (
     OUTCOMES,
@@ -150,7 +150,7 @@ class Store:
                 host=socket.gethostname(),
                 pid=os.getpid(),
                 outcome="running",
-                started_at=_now(),
+                started_at=now(),
             )
             session.add(row)
             session.flush()
@@ -162,7 +162,7 @@ class Store:
             raise ValueError(f"outcome must be one of {', '.join(OUTCOMES[1:])}, but is {outcome!r}")
         with self.session(write=True) as session:
             row = session.get_one(RunRow, run)
-            row.outcome, row.finished_at = outcome, _now()
+            row.outcome, row.finished_at = outcome, now()
 
     def record(
         self, device: Device, template: Template, problem: Problem, config: Config, result: Measured, run: int
@@ -182,7 +182,7 @@ class Store:
                 ci_high_ms=result.ci_high_ms,
                 samples=result.samples,
                 protocol=json.dumps(dict(result.protocol), sort_keys=True),
-                created_at=_now(),
+                created_at=now(),
             )
             session.add(row)
             session.flush()
@@ -209,33 +209,22 @@ class Store:
             return [_recorded(row, key) for row, key in session.execute(query)]
 
     def set_winner(self, measurement: int, default_ms: float | None = None, tuned_ms: float | None = None) -> bool:
-        """Serve the config of ``measurement`` for its device, template and problem, in place of an earlier winner.
+        """Note that ``measurement`` won a race for its device, template and problem: it is served from now on.
 
-        default_ms, tuned_ms: the default's and this config's time (ms) in the race that decided. Returns False, and
-        changes nothing, where a static result would replace a measured one. Raises ValueError unless the measurement
-        exists and its status is "ok" or "static".
+        default_ms, tuned_ms: the default's and this config's time (ms) in the race. Returns False, and changes nothing,
+        where a static result would replace a measured one; what is served already is not noted twice. Raises ValueError
+        unless the measurement exists and its status is "ok" or "static".
         """
         with self.session(write=True) as session:
             row = session.get(MeasurementRow, measurement)
             if row is None or row.status not in ("ok", "static"):
                 found = "missing" if row is None else row.status
                 raise ValueError(f"measurement {measurement} must be of status ok or static, but is {found}")
-            key = (row.device_id, row.template_id, row.problem_id)
-            old = session.get(WinnerRow, key)
-            static = row.status == "static"
-            if old is not None and static and not old.static:
+            old = session.get(WinnerRow, races.key_of(row))
+            if old is not None and row.status == "static" and not old.static:
                 return False
-            session.merge(
-                WinnerRow(
-                    device_id=row.device_id,
-                    template_id=row.template_id,
-                    problem_id=row.problem_id,
-                    measurement_id=row.id,
-                    default_ms=default_ms,
-                    tuned_ms=tuned_ms,
-                    static=static,
-                )
-            )
+            if old is None or (old.measurement_id, old.default_ms, old.tuned_ms) != (row.id, default_ms, tuned_ms):
+                races.decide(session, row, default_ms, tuned_ms)
             return True
 
     def winners(self) -> list[Entry]:
@@ -266,10 +255,6 @@ class Store:
 def _text(text: str) -> str:
     """As much as is kept of ``text``, without what PostgreSQL cannot hold."""
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}")[:TEXT]
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 def _equal(table: type[Base], values: Mapping[str, Any]) -> list[Any]:

@@ -4,12 +4,8 @@
     report = transfer.add(store, records.read(file, "name"))
     transfer.freeze(store.path, Path("job.db"))
 
-Measurements are facts: they are added where they are missing, and none is lost or changed. Of two winners for the same
-fingerprint, kernel source and problem the one with better evidence is served: measured before static, then the higher
-speed-up over the default in the race that it won, then the narrower interval, then the later: a total order, so among
-measurements that are new here it does not matter which comes first. The winner of a measurement that is already here
-has been weighed, by the tuner or by an earlier import, and competes only where nothing is served yet: an old copy must
-not bring back what a later race replaced.
+Measurements and races are facts: they are added where they are missing, and none is lost or changed. What is served is
+derived from all races that are known (see ``races``), so it does not matter which records come first.
 """
 
 from __future__ import annotations
@@ -27,10 +23,19 @@ from typing import Any, NamedTuple
 from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
-from sparsek_tune.db import reader
+from sparsek_tune.db import races, reader
 from sparsek_tune.db.errors import DatabaseError, ReadOnlyError, explain
 from sparsek_tune.db.records import Record
-from sparsek_tune.db.schema import ConfigRow, DeviceRow, MeasurementRow, ProblemRow, RunRow, TemplateRow, WinnerRow
+from sparsek_tune.db.schema import (
+    ConfigRow,
+    DeviceRow,
+    MeasurementRow,
+    ProblemRow,
+    RaceRow,
+    RunRow,
+    TemplateRow,
+    WinnerRow,
+)
 from sparsek_tune.db.store import Store, row_id
 from sparsek_tune.problem import Device, Problem
 
@@ -73,10 +78,15 @@ def export(store: Store) -> list[Record]:
         .order_by(MeasurementRow.id)
     )
     with store.session() as session:
-        return [_record(*row) for row in session.execute(query)]
+        won: dict[int, list[RaceRow]] = {}
+        for race in session.scalars(select(RaceRow)):
+            won.setdefault(race.measurement_id, []).append(race)
+        return [_record(*tuple(row), won=won.get(row[0].id, [])) for row in session.execute(query)]
 
 
-def _record(m: MeasurementRow, run: RunRow, device: Any, template: Any, problem: Any, key: str, winner: Any) -> Record:
+def _record(
+    m: MeasurementRow, run: RunRow, device: Any, template: Any, problem: Any, key: str, winner: Any, won: list[RaceRow]
+) -> Record:
     def fields(row: Any, names: Iterable[str]) -> dict[str, Any]:
         return {name: getattr(row, name) for name in names}
 
@@ -88,6 +98,7 @@ def _record(m: MeasurementRow, run: RunRow, device: Any, template: Any, problem:
         **fields(m, _OWN),
         "protocol": json.loads(m.protocol),
         "run": fields(run, _RUN),
+        "races": sorted(map(races.portable, won), key=repr),
         "winner": winner and fields(winner, ("default_ms", "tuned_ms")),
     }
 
@@ -104,17 +115,7 @@ def add(store: Store, records: Iterable[Record]) -> Report:
         return taking.finish()
 
 
-class _Claim(NamedTuple):
-    """A winner. place: of its measurement in what is added, or minus its id; row: what is stored of it, {} if it is."""
-
-    place: int
-    config: str
-    speedup: float | None
-    strength: tuple[Any, ...]
-    row: dict[str, Any]
-
-
-_Key = tuple[int, int, int]
+_Identity = tuple[Any, ...]  # of a measurement: ids of run, device, template, problem and config, status, moment
 
 
 class _Taking:
@@ -123,51 +124,51 @@ class _Taking:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._ids: dict[Any, int] = {}
-        names = (*(f"{x}_id" for x in ("run", "device", "template", "problem", "config")), "status", "created_at")
-        columns = [getattr(MeasurementRow, name) for name in names]
-        self._known = set(map(tuple, session.execute(select(*columns))))
+        names = (*(f"{x}_id" for x in ("run", "device", "template", "problem", "config")), "status", "created_at", "id")
+        stored = session.execute(select(*(getattr(MeasurementRow, name) for name in names)))
+        self._stored: dict[_Identity, int] = {tuple(identity): id for *identity, id in stored}
         self._runs = {(r.command, r.host, r.pid, r.started_at): r for r in session.scalars(select(RunRow))}
         self._count = 0
-        self._new: list[dict[str, Any]] = []
-        self._best: dict[_Key, _Claim | None] = {}
-        self._lost: list[tuple[_Key, str, str, Problem, _Claim]] = []
+        self._new: dict[_Identity, dict[str, Any]] = {}
+        self._raced: dict[races.Key, list[tuple[_Identity, Record]]] = {}
 
     def take(self, record: Record) -> None:
         self._count += 1
-        config = reader.config_key(record["config"])
         of = {
             "run_id": self._run(record["run"]),
             "device_id": self._id(DeviceRow, record["device"]),
             "template_id": self._id(TemplateRow, record["template"]),
             "problem_id": self._id(ProblemRow, record["problem"]),
-            "config_id": self._id(ConfigRow, {"key": config}),
+            "config_id": self._id(ConfigRow, {"key": reader.config_key(record["config"])}),
         }
         identity = (*of.values(), record["status"], record["created_at"])
-        key = (of["device_id"], of["template_id"], of["problem_id"])
-        known = identity in self._known
-        if not known:
-            self._known.add(identity)
+        if identity not in self._stored and identity not in self._new:
             protocol = json.dumps(record["protocol"], sort_keys=True)
-            self._new.append({**of, **{name: record[name] for name in _OWN}, "protocol": protocol})
-        if record["winner"] is not None and (not known or self._served(key) is None):
-            place = len(self._new) - 1 if not known else self._place(of, record)
-            self._compete(key, place, config, record)
+            self._new[identity] = {**of, **{name: record[name] for name in _OWN}, "protocol": protocol}
+        if record["races"]:
+            key = (of["device_id"], of["template_id"], of["problem_id"])
+            self._raced.setdefault(key, []).append((identity, record))
 
     def finish(self) -> Report:
         """Add what was collected."""
         insert_new = insert(MeasurementRow).returning(MeasurementRow.id, sort_by_parameter_order=True)
-        ids = list(self._session.scalars(insert_new, self._new)) if self._new else []
-        anew = {key: claim for key, claim in self._best.items() if claim is not None and claim.row}
-        for (device, template, problem), claim in anew.items():
-            measurement = ids[claim.place] if claim.place >= 0 else -claim.place
-            of = {"device_id": device, "template_id": template, "problem_id": problem, "measurement_id": measurement}
-            self._session.merge(WinnerRow(**of, **claim.row))
-        conflicts = [
-            Conflict(device, template, problem, best.config, best.speedup, lost.config, lost.speedup)
-            for key, device, template, problem, lost in self._lost
-            if (best := self._best[key]) is not None and best.config != lost.config
-        ]
-        return Report(len(self._new), self._count - len(self._new), len(anew), tuple(conflicts))
+        if self._new:
+            ids = self._session.scalars(insert_new, list(self._new.values()))
+            self._stored.update(zip(self._new, ids, strict=True))
+        winners, conflicts = 0, []
+        for key, found in self._raced.items():
+            won = [(self._stored[identity], race) for identity, record in found for race in record["races"]]
+            taken = races.take(self._session, key, won)
+            winners += taken.changed
+            record = found[0][1]
+            of = record["device"]["name"], record["template"]["name"], Problem(**record["problem"])
+            best = taken.served
+            conflicts += [
+                Conflict(*of, best.config, best.speedup, other.config, other.speedup)
+                for other in taken.others
+                if other.config != best.config
+            ]
+        return Report(len(self._new), self._count - len(self._new), winners, tuple(conflicts))
 
     def _id(self, table: Any, values: Mapping[str, Any]) -> int:
         key = (table, *sorted(values.items()))
@@ -186,53 +187,6 @@ class _Taking:
         elif row.outcome == "running":
             row.outcome, row.finished_at = run["outcome"], run["finished_at"]
         return row.id
-
-    def _place(self, of: dict[str, int], record: Record) -> int:
-        """Of a measurement that is known: where it is among the new ones, or its id, negative."""
-        same = {**of, "status": record["status"], "created_at": record["created_at"]}
-        for place, row in enumerate(self._new):
-            if same.items() <= row.items():
-                return place
-        return -self._session.scalars(select(MeasurementRow.id).filter_by(**same)).first()  # type: ignore[operator]
-
-    def _served(self, key: _Key) -> _Claim | None:
-        if key not in self._best:
-            winner = self._session.get(WinnerRow, key)
-            if winner is None:
-                self._best[key] = None
-            else:
-                m = self._session.get_one(MeasurementRow, winner.measurement_id)
-                config = self._session.get_one(ConfigRow, m.config_id).key
-                times = m.median_ms, m.ci_low_ms, m.ci_high_ms
-                race = winner.default_ms, winner.tuned_ms
-                self._best[key] = _claim(-m.id, config, winner.static, race, times, m.created_at, {})
-        return self._best[key]
-
-    def _compete(self, key: _Key, place: int, config: str, record: Record) -> None:
-        race = record["winner"]["default_ms"], record["winner"]["tuned_ms"]
-        times = record["median_ms"], record["ci_low_ms"], record["ci_high_ms"]
-        static = record["status"] == "static"
-        row = {**record["winner"], "static": static}
-        new, old = _claim(place, config, static, race, times, record["created_at"], row), self._served(key)
-        won = old is None or new.strength > old.strength
-        if won:
-            self._best[key] = new
-        if (lost := old if won else new) is not None:
-            of = record["device"]["name"], record["template"]["name"], Problem(**record["problem"])
-            self._lost.append((key, *of, lost))
-
-
-def _claim(
-    place: int, config: str, static: bool, race: tuple[float | None, float | None], times: tuple[float | None, ...],
-    created_at: str, row: dict[str, Any],
-) -> _Claim:  # fmt: skip
-    """strength: of two winners the one with more is served."""
-    default, tuned = race
-    median, low, high = times
-    speedup = default / tuned if default and tuned else None
-    width = (high - low) / median if median and low and high else 1e9
-    strength = (not static, speedup or 0.0, -width, created_at, config, default or 0.0, tuned or 0.0)
-    return _Claim(place, config, speedup, strength, row)
 
 
 def snapshot(store: Store, target: Path) -> str:

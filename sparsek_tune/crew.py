@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from typing import IO, TYPE_CHECKING, Any
 
 from sparsek_tune.events import event_of
@@ -56,12 +57,18 @@ class Crew:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for hand in self._hands:
-            hand.end(None if kind is None else signal.SIGINT, patient=len(self._suites) > 1)
-        for device, suite in self._suites.items():
-            if device != self._first:
-                self.others[device] = suite.rows()
-                suite.withdraw()
+        limit = _STOP if kind is not None else _LAST if len(self._suites) == 1 else None
+        others = {device: suite for device, suite in self._suites.items() if device != self._first}
+        with ExitStack() as stack:  # an interrupt may come while another model's processes are waited for
+            for suite in others.values():
+                stack.callback(suite.withdraw)
+            for hand in self._hands:
+                stack.callback(hand.close)
+                if kind is not None:
+                    hand.interrupt()
+            for hand in self._hands:
+                hand.wait(limit)
+            self.others = {device: suite.rows() for device, suite in others.items()}
 
     def _say(self, message: str) -> None:
         self._emit(_note(message))
@@ -92,24 +99,24 @@ class _Hand:
         self._thread = threading.Thread(target=self._read, name=f"GPU {index}", daemon=True)
         self._thread.start()
 
-    def end(self, how: signal.Signals | None, patient: bool) -> None:
-        if how is not None:
-            self._stopped = True
-            self._process.send_signal(how)
-        limit = _STOP if how is not None else None if patient else _LAST
-        try:
+    def interrupt(self) -> None:
+        self._stopped = True
+        self._process.send_signal(signal.SIGINT)
+
+    def wait(self, limit: float | None) -> None:
+        """Until the process ends, or is killed after ``limit`` seconds."""
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(limit)
-        except subprocess.TimeoutExpired:
+        self.close()
+
+    def close(self) -> None:
+        """Kill the process if it has not ended."""
+        if self._process.poll() is None:
             self._stopped = True
             self._process.kill()
             self._process.wait()
-        except BaseException:
-            self._stopped = True
-            self._process.kill()
-            raise
-        finally:
-            self._thread.join(5.0)
-            self._log.close()
+        self._thread.join(5.0)
+        self._log.close()
 
     def _read(self) -> None:
         error = ""

@@ -131,6 +131,57 @@ def test_a_newer_schema_is_refused(database, monkeypatch):
             old.winners()
 
 
+def described(postgres, database):
+    """Columns, indexes, constraints and triggers."""
+    return [
+        sorted(postgres.sql(statement, name_of(database)))
+        for statement in (
+            "SELECT table_name, column_name, data_type, is_nullable, column_default FROM information_schema.columns "
+            "WHERE table_schema = 'sparsek_tune'",
+            "SELECT indexdef FROM pg_indexes WHERE schemaname = 'sparsek_tune'",
+            "SELECT conname, pg_get_constraintdef(oid) FROM pg_constraint "
+            "WHERE connamespace = 'sparsek_tune'::regnamespace",
+            "SELECT pg_get_triggerdef(oid) FROM pg_trigger WHERE NOT tgisinternal",
+        )
+    ]
+
+
+def test_an_older_schema_is_brought_up_to_date_by_who_writes(database, postgres):
+    """As version 1 left it."""
+    name = name_of(database)
+    with Store(database) as store:
+        run = store.start_run("one")
+        store.set_winner(add(store, run=run), 0.3, 0.2)
+        store.set_winner(add(store, config=Config(BLOCK=16, STAGES=1), run=run), 0.3, 0.25)
+        before, served, shape = transfer.export(store), store.winners(), described(postgres, database)
+    for statement in ("DROP TABLE sparsek_tune.race", "UPDATE sparsek_tune.schema_version SET version = 1"):
+        postgres.sql(statement, name)
+    with pytest.raises(errors.DatabaseError, match=r"has schema 1, older than .* brings it up to date"):
+        Store(database, read_only=True)
+    started = SPAWN.Queue()
+    writers = [SPAWN.Process(target=_write, args=(database, 1, started)) for _ in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+        assert writer.exitcode == 0
+    assert described(postgres, database) == shape
+    with Store(database, read_only=True) as store:
+        after = transfer.export(store)
+        assert store.winners() == served
+    assert len(after) == len(before) + 3 and [bool(r["races"]) for r in after[:2]] == [False, True]
+    assert after[1]["races"][0]["known"] == before[1]["races"][0]["known"]
+    assert after[1]["races"][0]["created_at"] == before[1]["created_at"]
+
+
+def test_races_cannot_be_changed(database, postgres):
+    with Store(database) as store:
+        store.set_winner(add(store), 0.3, 0.2)
+    for statement in ("UPDATE {} SET tuned_ms = 0.1", "DELETE FROM {}", "TRUNCATE {}"):
+        with pytest.raises(Exception, match="append-only"):
+            postgres.sql(statement.format("sparsek_tune.race"), name_of(database))
+
+
 def test_a_user_that_may_only_read_reads(database, postgres):
     with Store(database) as store:
         add(store)

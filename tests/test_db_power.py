@@ -32,6 +32,9 @@ def state(path):
         found = transfer.export(store)
     for record in found:
         del record["created_at"], record["run"]["started_at"], record["run"]["finished_at"], record["run"]["pid"]
+        for race in record["races"]:
+            del race["created_at"]
+            race["known"] = len(race["known"])
     return sorted(map(repr, found))
 
 

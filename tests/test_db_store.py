@@ -185,7 +185,7 @@ def test_migrations_and_tables_describe_one_schema(tmp_path):
     Store(tmp_path / "migrated.db")
     schema.Base.metadata.create_all(create_engine(f"sqlite:///{tmp_path / 'declared.db'}"))
     migrated, declared = described(tmp_path / "migrated.db"), described(tmp_path / "declared.db")
-    assert len(migrated) == 7
+    assert len(migrated) == 8
     assert migrated == declared
 
 

@@ -188,13 +188,14 @@ def test_the_order_of_fields_does_not_matter(path, tmp_path):
         ({"ci_low_ms": 0.1}, {"ci_low_ms": 0.19}),
         ({"created_at": "2026-01-01T00:00:00.000000+00:00"}, {"created_at": "2026-01-02T00:00:00.000000+00:00"}),
         ({"ci_low_ms": 0.1, "created_at": "2027-01-02T00:00:00.000000+00:00"}, {"ci_low_ms": 0.19}),
-        ({"winner": {"default_ms": 0.3, "tuned_ms": 0.25}, "ci_low_ms": 0.199}, {}),
+        ({"races": [{"default_ms": 0.3, "tuned_ms": 0.25}], "ci_low_ms": 0.199}, {}),
     ],
 )
 @pytest.mark.parametrize("turn", [1, -1])
 def test_what_makes_evidence_better(path, tmp_path, weaker, stronger, turn):
     base = exported(make(tmp_path / "other.db"))[0] | {"created_at": "2026-01-01T00:00:00.000000+00:00"}
     two = base | {"config": dict(A)} | weaker, base | {"config": dict(B)} | stronger
+    two[0]["races"] = [base["races"][0] | race for race in two[0]["races"]]
     report = taken(path, two[::turn])
     assert [w[0] for w in served(path)] == [B.key]
     assert [(c.served, c.other) for c in report.conflicts] == [(B.key, A.key)]
@@ -238,6 +239,8 @@ RUN = {
     "command": "", "host": "", "pid": 1, "outcome": "done", "started_at": "2026-01-01T00:00:00.000000+00:00",
     "finished_at": None,
 }  # fmt: skip
+RACE = {"default_ms": 0.3, "tuned_ms": 0.2, "created_at": "2026-01-01T00:00:00.000000+00:00", "known": []}
+FAILED = {"status": "wrong", "median_ms": None, "ci_low_ms": None, "ci_high_ms": None}
 CHANGES = {
     "no time": ({"median_ms": None, "ci_low_ms": None, "ci_high_ms": None}, "median_ms: must be a time"),
     "a time below zero": ({"median_ms": -1.0}, r"\$\.median_ms: -1.0 is less"),
@@ -255,6 +258,15 @@ CHANGES = {
     "no day": ({"created_at": "2026-13-45T00:00:00.000000+00:00"}, "month must be in"),
     "a run on no day": ({"run": {**RUN, "started_at": "2026-02-30T00:00:00.000000+00:00"}}, "day is out of range"),
     "an end on no day": ({"run": {**RUN, "finished_at": "2026-02-30T00:00:00.000000+00:00"}}, "day is out of range"),
+    "a failure that won a race": ({**FAILED, "winner": None}, "won no race"),
+    "a winner without a race": ({"races": []}, "races is empty"),
+    "a race below zero": ({"races": [{**RACE, "tuned_ms": -1.0}]}, r"\$\.races\[0\]\.tuned_ms"),
+    "a race on no day": ({"races": [{**RACE, "created_at": "2026-02-30T00:00:00.000000+00:00"}]}, "day is out of"),
+    "a race that none can follow": (
+        {"races": [{**RACE, "created_at": "9999-12-31T23:59:59.999999+00:00"}]},
+        "before the year 9999",
+    ),
+    "a race that knows what no run is": ({"races": [{**RACE, "known": ["here"]}]}, r"\$\.races\[0\]\.known\[0\]"),
     "half a character": ({"reason": "\ud800"}, "surrogates not allowed"),
     "no time of day": ({"created_at": "yesterday"}, r"\$\.created_at"),
     "a text without end": ({"reason": "x" * 9000}, r"\$\.reason"),
@@ -269,7 +281,7 @@ def test_what_a_record_may_not_hold(record, name):
         parsed(lines)
 
 
-@pytest.mark.parametrize("missing", ["device", "template", "problem", "config", "run", "winner", "protocol"])
+@pytest.mark.parametrize("missing", ["device", "template", "problem", "config", "run", "races", "winner", "protocol"])
 def test_what_a_record_must_hold(record, missing):
     with pytest.raises(records.RecordError, match=f"line 2: .*'{missing}' is a required property"):
         parsed(text([{k: v for k, v in record.items() if k != missing}]))
@@ -297,8 +309,8 @@ def test_lines_that_are_no_records(line, words):
 def test_the_first_line_says_what_the_file_is(record):
     with pytest.raises(records.RecordError, match="line 1: must be the header"):
         parsed(json.dumps(record) + "\n")
-    with pytest.raises(records.RecordError, match="version must be 1, but is 2: upgrade"):
-        parsed(json.dumps(records.HEADER | {"version": 2}) + "\n")
+    with pytest.raises(records.RecordError, match="version must be 1 or 2, but is 3: upgrade"):
+        parsed(json.dumps(records.HEADER | {"version": 3}) + "\n")
     with pytest.raises(records.RecordError, match="is empty"):
         parsed("")
     assert parsed(json.dumps(records.HEADER)) == []

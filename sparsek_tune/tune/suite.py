@@ -92,9 +92,13 @@ class Suite:
     @classmethod
     def joinable(cls, shared: Studies, device: Device, templates: Mapping[str, Template]) -> list[Suite]:
         """The suites of this device and these sources that have work left, oldest first."""
-        names = [name for name in shared.names() if name.startswith(_prefix(device, templates))]
-        found = [cls(shared, name) for name in names if "suite" in shared.attributes(shared.study(name))]
-        return [suite for suite in found if not suite.over()]
+        prefix = _prefix(device, templates)
+        # A run withdraws its suite at its end: of all that a file has seen, few are looked into.
+        names = [
+            name for name, about in shared.all().items()
+            if name.startswith(prefix) and "suite" in about and not about.get("withdrawn")
+        ]  # fmt: skip
+        return [suite for suite in (cls(shared, name) for name in names) if not suite.over()]
 
     def take(self) -> tuple[int, Task] | None:
         """A problem to drive, with the number of its claim."""

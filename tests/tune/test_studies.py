@@ -113,6 +113,22 @@ def test_what_is_closed_gives_its_claims_back(two):
         assert Suite.joinable(third, D, {"fake": T}) == []  # withdrawn: nobody goes on with it
 
 
+def test_looking_for_suites_does_not_cost_more_with_every_run_there_was(two, monkeypatch):
+    def create():
+        about = {"effort": "quick", "seed": 0, "until": None}
+        return Suite.create(two[0], D, {"fake": T}, tasks([P], [T]), about)
+
+    looked, real = [], Studies.trials
+    for _ in range(3):
+        create().withdraw()
+    suite = create()
+    monkeypatch.setattr(
+        Studies, "trials", lambda self, study, *states: looked.append(study) or real(self, study, *states)
+    )
+    assert [found.name for found in Suite.joinable(two[1], D, {"fake": T})] == [suite.name]
+    assert looked == [suite._study]
+
+
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setitem(EFFORTS, "tiny", types.Effort(40, 60.0, 0.01, 3, 0.01, 4, 2, timeout=3.0))
@@ -144,7 +160,7 @@ def test_a_file_of_no_use_is_put_aside(database, tiny, spoil):
     assert row.config == C[3] and notes == []
     assert path.with_name("cache.studies.db.old").read_bytes() == before
     with closing(Studies.beside(database)) as shared:
-        assert name_of(D, T, P) in shared.names()
+        assert name_of(D, T, P) in shared.all()
 
 
 def test_without_studies_a_process_goes_on_by_itself(database, tiny):

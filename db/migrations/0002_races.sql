@@ -1,0 +1,32 @@
+-- Races are facts too, and winners are derived from them. Of an older database's races only the last is known for each
+-- winner; it was decided not before the newest attempt, in sight of every attempt that could have won an earlier one.
+CREATE TABLE race (
+    id INTEGER NOT NULL PRIMARY KEY,
+    measurement_id INTEGER NOT NULL REFERENCES measurement (id),
+    default_ms DOUBLE,
+    tuned_ms DOUBLE,
+    created_at TEXT NOT NULL,
+    known TEXT NOT NULL
+);
+CREATE INDEX ix_race_measurement ON race (measurement_id);
+
+INSERT INTO race (measurement_id, default_ms, tuned_ms, created_at, known)
+SELECT w.measurement_id, w.default_ms, w.tuned_ms,
+    (SELECT max(m.created_at) FROM measurement m
+     WHERE (m.device_id, m.template_id, m.problem_id) = (w.device_id, w.template_id, w.problem_id)),
+    (SELECT json_group_array(json_object('host', r.host, 'pid', r.pid, 'started_at', r.started_at))
+     FROM (SELECT DISTINCT run.host, run.pid, run.started_at
+           FROM measurement m JOIN run ON run.id = m.run_id
+           WHERE (m.device_id, m.template_id, m.problem_id) = (w.device_id, w.template_id, w.problem_id)
+               AND m.status IN ('ok', 'static')) r)
+FROM winner w
+ORDER BY w.measurement_id;
+
+CREATE TRIGGER race_is_never_changed BEFORE UPDATE ON race
+BEGIN
+    SELECT RAISE(ABORT, 'races are append-only');
+END;
+CREATE TRIGGER race_is_never_deleted BEFORE DELETE ON race
+BEGIN
+    SELECT RAISE(ABORT, 'races are append-only');
+END;
