@@ -55,6 +55,7 @@ _EXPLAINED: dict[int, tuple[type[DatabaseError], str]] = {
     sqlite3.SQLITE_LOCKED: (LockedError, "is held by another process: wait for it to end, then start again"),
     sqlite3.SQLITE_FULL: (FullError, f"has no room to grow: free disk space or {_ELSEWHERE}"),
     sqlite3.SQLITE_IOERR_WRITE: (FullError, f"has no room to grow: free disk space or quota, or {_ELSEWHERE}"),
+    sqlite3.SQLITE_IOERR_SHMSIZE: (FullError, f"has no room to grow: free disk space or quota, or {_ELSEWHERE}"),
 }
 
 
