@@ -56,6 +56,8 @@ def parse(url: str) -> URL:
         raise DatabaseError(
             f"the storage must be a file or postgresql+psycopg://USER@HOST/DATABASE, but is {found.drivername}://..."
         )
+    if "@" in (found.host or ""):  # the rest of a password would be shown as the host
+        raise DatabaseError("the storage has more than one @: write %40 for one in the password")
     if shown := sorted(name for name in found.query if "password" in name.lower()):  # it would not be hidden there
         raise DatabaseError(
             f"the storage must not have a password after the ?, but has {', '.join(shown)}: write "
