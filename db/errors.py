@@ -32,6 +32,10 @@ class LockedError(DatabaseError):
     """Another process held the file for longer than the busy timeout."""
 
 
+class LostError(DatabaseError):
+    """No connection to the server could be made, or it broke: what was not committed is not there."""
+
+
 class FullError(DatabaseError):
     """The disk, or a quota, took no more bytes."""
 
