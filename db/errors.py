@@ -32,6 +32,10 @@ class LockedError(DatabaseError):
     """Another process held the file for longer than the busy timeout."""
 
 
+class LostError(DatabaseError):
+    """No connection to the server could be made, or it broke: what was not committed is not there."""
+
+
 class FullError(DatabaseError):
     """The disk, or a quota, took no more bytes."""
 
@@ -51,6 +55,7 @@ _EXPLAINED: dict[int, tuple[type[DatabaseError], str]] = {
     sqlite3.SQLITE_LOCKED: (LockedError, "is held by another process: wait for it to end, then start again"),
     sqlite3.SQLITE_FULL: (FullError, f"has no room to grow: free disk space or {_ELSEWHERE}"),
     sqlite3.SQLITE_IOERR_WRITE: (FullError, f"has no room to grow: free disk space or quota, or {_ELSEWHERE}"),
+    sqlite3.SQLITE_IOERR_SHMSIZE: (FullError, f"has no room to grow: free disk space or quota, or {_ELSEWHERE}"),
 }
 
 

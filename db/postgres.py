@@ -11,6 +11,7 @@ from sparsek_tune.db.errors import (
     DatabaseError,
     FullError,
     LockedError,
+    LostError,
     MissingError,
     NewerSchemaError,
     ReadOnlyError,
@@ -31,13 +32,16 @@ CREATE TRIGGER race_is_never_changed BEFORE UPDATE OR DELETE OR TRUNCATE ON {SCH
 """
 # By SQLSTATE, or the class that its first two characters name.
 _EXPLAINED: dict[str, tuple[type[DatabaseError], str]] = {
+    "08": (LostError, "has lost the connection: what was committed is kept; start again"),
+    "22": (DatabaseError, "cannot hold a value"),
     "23": (DatabaseError, "refused the row"),
     "25006": (ReadOnlyError, "may only be read"),
     "42501": (ReadOnlyError, "does not allow this user to do that: grant it, or name another user"),
     "42P01": (CorruptError, "does not hold the tables it should: name another database"),
     "53": (FullError, "has run out of what it needs: free disk space or connections of the server"),
     "55P03": (LockedError, "is held by another process: wait for it to end, then start again"),
-    "57": (DatabaseError, "has ended the connection: what was committed is kept; start again"),
+    "57": (LostError, "has ended the connection: what was committed is kept; start again"),
+    "57014": (LockedError, "took longer than the server allows, and nothing was written: see its statement_timeout"),
     "P0001": (DatabaseError, "refused the change"),
 }
 
@@ -46,11 +50,18 @@ def parse(url: str) -> URL:
     """Raises DatabaseError unless ``url`` is postgresql+psycopg://USER@HOST/DATABASE."""
     try:
         found = make_url(url)
-    except exc.ArgumentError:
+    except (exc.ArgumentError, ValueError):  # ValueError: of a port that is no number; neither is to be shown
         raise DatabaseError("the storage is no URL: write postgresql+psycopg://USER@HOST/DATABASE") from None
     if found.drivername != "postgresql+psycopg":
         raise DatabaseError(
             f"the storage must be a file or postgresql+psycopg://USER@HOST/DATABASE, but is {found.drivername}://..."
+        )
+    if "@" in (found.host or ""):  # the rest of a password would be shown as the host
+        raise DatabaseError("the storage has more than one @: write %40 for one in the password")
+    if shown := sorted(name for name in found.query if "password" in name.lower()):  # it would not be hidden there
+        raise DatabaseError(
+            f"the storage must not have a password after the ?, but has {', '.join(shown)}: write "
+            "USER:PASSWORD@HOST, or set PGPASSWORD, or keep it in ~/.pgpass"
         )
     return found
 
@@ -100,9 +111,10 @@ class Server:
         """The DatabaseError that says what ``error`` means."""
         code = getattr(error.orig, "sqlstate", None)
         said = (str(error.orig).strip() or repr(error.orig)).splitlines()[0]
-        unreachable = DatabaseError, "cannot be reached: mend the URL, the password or the server"
+        if code is None and isinstance(error, exc.DataError):  # the driver's own refusal
+            code = "22"
         if code is None:
-            kind, words = unreachable
+            kind, words = LostError, "cannot be reached: mend the URL, the password or the server"
         else:
             kind, words = _EXPLAINED.get(code) or _EXPLAINED.get(code[:2]) or (DatabaseError, "failed")
         return kind(f"the database {self.name} {words} (PostgreSQL: {said})")

@@ -212,9 +212,14 @@ def _entry(row: tuple[Any, ...]) -> Entry:
     return Entry(name, source_hash, device, problem, config, default_ms, tuned_ms, bool(static), created_at)
 
 
+# A full disk has no room for the index of the log, which any other process that has the file open would have made.
+_NO_INDEX = (sqlite3.SQLITE_IOERR_SHMOPEN, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_SHMMAP)
+
+
 def _is_frozen(path: Path, error: sqlite3.Error) -> bool:
     """Whether ``error`` is that of a place that cannot be written, and the file is whole without a journal."""
-    if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
+    code = error.sqlite_errorcode
+    if code & 0xFF not in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN) and code not in _NO_INDEX:
         return False
     journals = (Path(f"{path}-wal"), Path(f"{path}-journal"))
     return not any(j.exists() and j.stat().st_size for j in journals)

@@ -18,18 +18,18 @@ import os
 import re
 import socket
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import exc, func, select
 from sqlalchemy.orm import Session
 
 from sparsek_tune.db import postgres, races, sqlite
-from sparsek_tune.db.errors import DatabaseError, explain
+from sparsek_tune.db.errors import DatabaseError, LostError, explain
 from sparsek_tune.db.races import now
 from sparsek_tune.db.reader import Entry, default_path
 from sparsek_tune.db.schema import (
@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # the package of the templates imports triton
     from sparsek_tune.kernel_templates.base import Config, Template
 
 _PASSWORD = re.compile(r"(\w://[^\s:/@]*:)[^\s@]*(?=@)")  # in a URL
+_Found = TypeVar("_Found")
 TEXT = 8192  # characters of a command or a reason that are kept; exported records hold no more
 
 __all__ = ["DatabaseError", "Measured", "Recorded", "Store", "Summary", "default_path"]
@@ -142,11 +143,21 @@ class Store:
         except sqlite3.Error as error:  # of the driver itself, past SQLAlchemy
             raise explain(Path(self.path), error) from error
 
+    def ask(self, question: Callable[[Session], _Found]) -> _Found:
+        """What ``question`` finds in one transaction. It is asked once more where the connection to a server is lost:
+        reading twice harms nothing, as writing might."""
+        try:
+            with self.session() as session:
+                return question(session)
+        except LostError:
+            with self.session() as session:
+                return question(session)
+
     def start_run(self, command: str) -> int:
         """Note that ``command`` began to tune here; returns the run's id for :meth:`record`."""
         with self.session(write=True) as session:
             row = RunRow(
-                command=_text(_PASSWORD.sub(r"\1***", command)),
+                command=text(_PASSWORD.sub(r"\1***", command)),
                 host=socket.gethostname(),
                 pid=os.getpid(),
                 outcome="running",
@@ -176,7 +187,7 @@ class Store:
                 problem_id=row_id(session, ProblemRow, problem.project(template.fields)._asdict()),
                 config_id=row_id(session, ConfigRow, {"key": config.key}),
                 status=result.status,
-                reason=_text(result.reason),
+                reason=text(result.reason),
                 median_ms=result.median_ms,
                 ci_low_ms=result.ci_low_ms,
                 ci_high_ms=result.ci_high_ms,
@@ -205,8 +216,7 @@ class Store:
             )
             .order_by(MeasurementRow.id)
         )
-        with self.session() as session:
-            return [_recorded(row, key) for row, key in session.execute(query)]
+        return self.ask(lambda session: [_recorded(row, key) for row, key in session.execute(query)])
 
     def set_winner(self, measurement: int, default_ms: float | None = None, tuned_ms: float | None = None) -> bool:
         """Note that ``measurement`` won a race for its device, template and problem: it is served from now on.
@@ -229,8 +239,7 @@ class Store:
 
     def winners(self) -> list[Entry]:
         """Every winner, oldest measurement first."""
-        with self.session() as session:
-            return _winners(session)
+        return self.ask(_winners)
 
     def summary(self) -> list[Summary]:
         """One row for each device, template and problem that was ever tried, in the order of their first attempts."""
@@ -240,21 +249,24 @@ class Store:
             .group_by(*key, MeasurementRow.status)
             .order_by("first")
         )
-        with self.session() as session:
-            found: dict[tuple[int, int, int], dict[str, int]] = {}
+
+        def found(session: Session) -> list[Summary]:
+            counted: dict[tuple[int, int, int], dict[str, int]] = {}
             for d, t, p, status, count, _ in map(tuple, session.execute(counts)):
-                found.setdefault((d, t, p), {})[status] = count
+                counted.setdefault((d, t, p), {})[status] = count
             devices = {r.id: _device(r) for r in session.scalars(select(DeviceRow))}
             templates = {r.id: r for r in session.scalars(select(TemplateRow))}
             problems = {r.id: _problem(r) for r in session.scalars(select(ProblemRow))}
             winners = {(e.device, e.template, e.source_hash, e.problem): e for e in _winners(session)}
-            rows = [(devices[d], templates[t].name, templates[t].source_hash, problems[p]) for d, t, p in found]
-        return [Summary(*r, counts=c, winner=winners.get(r)) for r, c in zip(rows, found.values(), strict=True)]
+            rows = [(devices[d], templates[t].name, templates[t].source_hash, problems[p]) for d, t, p in counted]
+            return [Summary(*r, counts=c, winner=winners.get(r)) for r, c in zip(rows, counted.values(), strict=True)]
+
+        return self.ask(found)
 
 
-def _text(text: str) -> str:
-    """As much as is kept of ``text``, without what PostgreSQL cannot hold."""
-    return text.replace("\0", "\N{REPLACEMENT CHARACTER}")[:TEXT]
+def text(said: str) -> str:
+    """As much as is kept of ``said``, without what PostgreSQL cannot hold."""
+    return said.replace("\0", "\N{REPLACEMENT CHARACTER}")[:TEXT]
 
 
 def _equal(table: type[Base], values: Mapping[str, Any]) -> list[Any]:

@@ -36,7 +36,7 @@ from sparsek_tune.db.schema import (
     TemplateRow,
     WinnerRow,
 )
-from sparsek_tune.db.store import Store, row_id
+from sparsek_tune.db.store import Store, row_id, text
 from sparsek_tune.problem import Device, Problem
 
 _RUN = ("command", "host", "pid", "outcome", "started_at", "finished_at")
@@ -77,11 +77,14 @@ def export(store: Store) -> list[Record]:
         .outerjoin(WinnerRow, WinnerRow.measurement_id == MeasurementRow.id)
         .order_by(MeasurementRow.id)
     )
-    with store.session() as session:
+
+    def found(session: Session) -> list[Record]:
         won: dict[int, list[RaceRow]] = {}
         for race in session.scalars(select(RaceRow)):
             won.setdefault(race.measurement_id, []).append(race)
         return [_record(*tuple(row), won=won.get(row[0].id, [])) for row in session.execute(query)]
+
+    return store.ask(found)
 
 
 def _record(
@@ -144,7 +147,8 @@ class _Taking:
         identity = (*of.values(), record["status"], record["created_at"])
         if identity not in self._stored and identity not in self._new:
             protocol = json.dumps(record["protocol"], sort_keys=True)
-            self._new[identity] = {**of, **{name: record[name] for name in _OWN}, "protocol": protocol}
+            own = {name: record[name] for name in _OWN}
+            self._new[identity] = {**of, **own, "reason": text(record["reason"]), "protocol": protocol}
         if record["races"]:
             key = (of["device_id"], of["template_id"], of["problem_id"])
             self._raced.setdefault(key, []).append((identity, record))
@@ -178,6 +182,7 @@ class _Taking:
 
     def _run(self, run: dict[str, Any]) -> int:
         """The same run may have been exported while it ran: what it ended with is then new, the rest is not."""
+        run = {**run, "command": text(run["command"])}
         key = (run["command"], run["host"], run["pid"], run["started_at"])
         row = self._runs.get(key)
         if row is None:

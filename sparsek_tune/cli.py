@@ -89,12 +89,14 @@ def _summary(s: Summary) -> dict[str, Any]:
 @shape_options
 @target_option
 @device_option
+@options.storage_option
 @click.option("--explain", is_flag=True, help="List every stored config of each kernel, and why it does not serve.")
 @as_json_option
 @guarded
 def resolve(
-    models: tuple[str, ...], texts: tuple[str, ...], target: str | None, index: int | None, explain: bool, as_json: bool
-) -> None:
+    models: tuple[str, ...], texts: tuple[str, ...], target: str | None, index: int | None, storage: Path | str | None,
+    explain: bool, as_json: bool,
+) -> None:  # fmt: skip
     """Say which config each kernel gets for the given shapes on this GPU (or --target), its grade and why."""
     from sparsek_tune import dispatch
 
@@ -105,7 +107,10 @@ def resolve(
     if device is None:
         raise Fault("there is no GPU here: name one with --target, such as --target cuda:90", NO_GPU)
     problems = dict.fromkeys(s.problem for s in wanted)
-    plans = [(dispatch.resolve(p, device), dispatch.explain(p, device) if explain else {}) for p in problems]
+    with options.as_file(storage) as file:
+        plans = [
+            (dispatch.resolve(p, device, file), dispatch.explain(p, device, file) if explain else {}) for p in problems
+        ]
     if as_json:
         print_json(device=device.as_dict(), plans=[_plan_document(*plan) for plan in plans])
         return

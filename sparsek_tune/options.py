@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,22 @@ storage_option = click.option(
     help=f"The database: a file, or a server as {SERVER}USER@HOST/DATABASE "
     "[default: $SPARSEK_TUNE_CACHE, or a file in the user's cache directory].",
 )  # fmt: skip
+
+
+@contextmanager
+def as_file(storage: Path | str | None) -> Iterator[Path | None]:
+    """What --storage names as a file, which is all that the runtime reads: of a server, a snapshot for the while."""
+    if storage is None or isinstance(storage, Path):
+        yield storage
+        return
+    from sparsek_tune.db import transfer
+    from sparsek_tune.db.store import Store
+
+    with tempfile.TemporaryDirectory() as scratch, Store(storage, read_only=True) as store:
+        transfer.snapshot(store, file := Path(scratch) / "snapshot.db")
+        yield file
+
+
 device_option = click.option("--device", "index", type=click.IntRange(0), help="CUDA device index [default: 0].")
 target_option = click.option(
     "--target", metavar="cuda:CC", shell_complete=_complete_target,

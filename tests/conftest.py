@@ -44,4 +44,4 @@ def _nothing_is_shipped(monkeypatch, tmp_path_factory):
 
 
 from database import cache, path, shared_dir  # noqa: E402, F401  fixtures of the database tests; after the cache is set
-from server import database, postgres  # noqa: E402, F401
+from server import database, postgres, where  # noqa: E402, F401

@@ -1,18 +1,23 @@
-"""A PostgreSQL server of the tests' own, on loopback; where none is installed, what takes it is skipped."""
+"""A PostgreSQL server of the tests' own, on loopback; where none is installed, what takes it is skipped, or fails if
+REQUIRED is set."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 
 PASSWORD = "s3cret-word"
+REQUIRED = "SPARSEK_TUNE_REQUIRE_POSTGRES"
 
 
 def _binaries():
@@ -21,14 +26,15 @@ def _binaries():
     return found[-1].parent if found else Path(there).parent if there else None
 
 
-def _as_user(command):
+def _as_user(*command, dies_with_us=False):
     """PostgreSQL does not run as root."""
-    user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"] if os.getuid() == 0 else []
-    return [*user, *command]
+    user = ["--reuid=postgres", "--regid=postgres", "--clear-groups"] if os.getuid() == 0 else []
+    death = ["--pdeathsig=INT"] if dies_with_us else []
+    return [*(["setpriv", *user, *death] if user or death else []), *map(str, command)]
 
 
 def _do(*command):
-    subprocess.run(_as_user(list(map(str, command))), check=True, capture_output=True, text=True, timeout=120, cwd="/")
+    subprocess.run(_as_user(*command), check=True, capture_output=True, text=True, timeout=120, cwd="/")
 
 
 class Postgres:
@@ -50,14 +56,29 @@ class Postgres:
             "-E", "UTF8", "--locale=C",
         )  # fmt: skip
         settings = f"listen_addresses=127.0.0.1 port={self.port} unix_socket_directories={root} fsync=off"
-        self._options = " ".join(f"-c {setting}" for setting in settings.split())
+        self._options = [word for setting in settings.split() for word in ("-c", setting)]
+        self._log = root / "log"
         self.start()
 
     def start(self):
-        _do(self._binaries / "pg_ctl", "-D", self._data, "-o", self._options, "-w", "-l", self._data / "log", "start")
+        """As a child that ends with this process, however that ends."""
+        import psycopg
+
+        command = _as_user(self._binaries / "postgres", "-D", self._data, *self._options, dies_with_us=True)
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/")
+        end = time.monotonic() + 60
+        while True:
+            try:
+                return self.sql("SELECT 1")
+            except psycopg.OperationalError:
+                assert self._process.poll() is None and time.monotonic() < end, self._log.read_text()
+                time.sleep(0.05)
 
     def stop(self):
-        _do(self._binaries / "pg_ctl", "-D", self._data, "-m", "immediate", "stop")
+        """At once, as a crash would."""
+        self._process.send_signal(signal.SIGQUIT)
+        self._process.wait(60)
 
     def url(self, name, user="owner", password=PASSWORD, port=None):
         return f"postgresql+psycopg://{user}:{password}@127.0.0.1:{port or self.port}/{name}"
@@ -73,9 +94,10 @@ class Postgres:
 
 @pytest.fixture(scope="session")
 def postgres():
-    if (binaries := _binaries()) is None:
-        pytest.skip("no PostgreSQL is installed")
-    pytest.importorskip("psycopg")
+    binaries = _binaries()
+    if binaries is None or importlib.util.find_spec("psycopg") is None:
+        missing = pytest.fail if os.environ.get(REQUIRED) else pytest.skip
+        missing("no PostgreSQL is installed" if binaries is None else "psycopg is not installed")
     root = Path(tempfile.mkdtemp())
     root.chmod(0o755)
     try:
@@ -93,3 +115,9 @@ def database(postgres, request):
     postgres.sql(f"CREATE DATABASE {name}")
     yield postgres.url(name)
     postgres.sql(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(params=["file", "server"])
+def where(request):
+    """A database that is not made yet, of either kind: what a Store takes."""
+    return request.getfixturevalue("path" if request.param == "file" else "database")

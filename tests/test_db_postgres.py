@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from sparsek_tune.db import errors, reader, transfer
 from sparsek_tune.db import postgres as postgres_module
 from sparsek_tune.db.store import Measured, Store
 from sparsek_tune.kernel_templates.base import Config
+from sparsek_tune.problem import target_device
 
 SPAWN = get_context("spawn")
 
@@ -107,6 +109,20 @@ def test_other_urls_are_refused_by_name(storage):
         Store(storage)
     result = sparsek("show", "--storage", storage)
     assert result.exit_code == 2 and "postgresql+psycopg://" in result.output
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        (f"postgresql+psycopg://owner@127.0.0.1/x?password={PASSWORD}", "no.? .*password after the .*PGPASSWORD"),
+        (f"postgresql+psycopg://owner@127.0.0.1/x?sslpassword={PASSWORD}", "has sslpassword"),
+        (f"postgresql+psycopg://owner:a@{PASSWORD}@127.0.0.1/x", "more than one @: write %40"),
+        (f"postgresql+psycopg://owner:{PASSWORD}@127.0.0.1:port/x", "is no URL"),
+    ],
+)
+def test_a_url_that_would_show_a_password_is_refused_without_it(url, words):
+    result = sparsek("run", "--storage", url, "--target", "cuda:90")
+    assert result.exit_code == 4 and re.search(words, result.output) and PASSWORD not in result.output
 
 
 def test_programs_are_told_to_read_a_snapshot(monkeypatch, database):
@@ -282,6 +298,107 @@ def test_psycopg_that_is_missing_is_named(database):
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     last = found.stderr.splitlines()[-1]
     assert "pip install 'sparsek_tune[postgres]'" in last and PASSWORD not in last
+
+
+def broken_once(postgres, monkeypatch, times=1):
+    """The server ends a connection in the middle of each of the next transactions; the list of what was asked then."""
+    begin, seen = postgres_module.Server.begin, []
+
+    def end(self, connection, write):
+        begin(self, connection, write)
+        if len(seen) < times:
+            seen.append(write)
+            postgres.sql(
+                f"SELECT pg_terminate_backend({connection.exec_driver_sql('SELECT pg_backend_pid()').scalar()}, 9999)"
+            )
+
+    monkeypatch.setattr(postgres_module.Server, "begin", end)
+    return seen
+
+
+QUESTIONS = {
+    "measurements": lambda store: len(store.measurements(DEVICE, TEMPLATE, PROBLEM)),
+    "winners": lambda store: len(store.winners()),
+    "summary": lambda store: len(store.summary()),
+    "export": lambda store: len(transfer.export(store)),
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS.values(), ids=QUESTIONS)
+def test_a_reader_that_loses_the_connection_asks_once_more(database, postgres, monkeypatch, question):
+    with Store(database) as store:
+        store.set_winner(add(store), 0.3, 0.2)
+        with monkeypatch.context() as patch:
+            seen = broken_once(postgres, patch)
+            assert question(store) == 1 and seen == [False]
+        seen = broken_once(postgres, monkeypatch, times=9)
+        with pytest.raises(errors.LostError, match="ended the connection"):
+            question(store)
+        assert seen == [False, False]
+
+
+def test_a_writer_that_loses_the_connection_says_so_and_writes_nothing(database, postgres, monkeypatch):
+    with Store(database) as store:
+        run = store.start_run("x")
+        seen = broken_once(postgres, monkeypatch)
+        with pytest.raises(errors.LostError, match="ended the connection"):
+            add(store, run=run)
+        assert seen == [True]
+        assert transfer.export(store) == []
+        add(store, run=run)
+        assert len(transfer.export(store)) == 1, "the next call connects anew"
+
+
+def test_a_command_whose_connection_is_lost_while_it_writes_ends_with_4(database, path, postgres, monkeypatch):
+    with Store(path) as file:
+        add(file)
+    Store(database)
+    broken_once(postgres, monkeypatch)
+    result = sparsek("merge", path, "--storage", database)
+    assert result.exit_code == 4 and "ended the connection" in result.output and PASSWORD not in result.output
+    assert postgres.sql("SELECT count(*) FROM sparsek_tune.measurement", name_of(database)) == [(0,)]
+
+
+def test_a_statement_that_the_server_ends_is_no_lost_connection(database, postgres):
+    with Store(database) as store:
+        postgres.sql(f"ALTER DATABASE {name_of(database)} SET statement_timeout = '200ms'")
+        with pytest.raises(errors.LockedError, match="statement_timeout"), store.session() as session:
+            session.connection().exec_driver_sql("SELECT pg_sleep(5)")
+
+
+def test_records_that_a_server_cannot_hold_as_they_are(database, path):
+    with Store(path) as file:
+        add(file)
+        (record,) = transfer.export(file)
+    failed = {"status": "timeout", "median_ms": None, "ci_low_ms": None, "ci_high_ms": None, "samples": 0}
+    odd = {**record, **failed, "reason": "a\0b", "run": {**record["run"], "command": "c\0d"}}
+    huge = {**record, "problem": {**record["problem"], "n": 1 << 40}}
+    with Store(database) as store:
+        assert transfer.add(store, [odd]).added == 1 and transfer.add(store, [odd]).known == 1
+        (there,) = transfer.export(store)
+        assert (there["reason"], there["run"]["command"]) == (
+            "a\N{REPLACEMENT CHARACTER}b",
+            "c\N{REPLACEMENT CHARACTER}d",
+        )
+        with pytest.raises(errors.DatabaseError, match="cannot hold a value"):
+            transfer.add(store, [record, huge])
+        assert transfer.export(store) == [there], "all or none"
+
+
+def test_resolve_takes_a_server(database, path):
+    from sparsek_tune.kernel_templates import TEMPLATES
+
+    template = TEMPLATES["forward"]
+    device = target_device("cuda:90")
+    with Store(database) as store:
+        config = template.default(PROBLEM, device)
+        store.set_winner(add(store, config=config, device=device, template=template))
+    shape = "dtype=bf16,d=128,hq=32,hkv=8,gate=kv,k=1024,w=512,n=16000,b=1"
+    result = sparsek("resolve", "--storage", database, "--target", "cuda:90", "--shape", shape, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["plans"][0]["kernels"]["forward"]["grade"] != "default"
+    missing = sparsek("resolve", "--storage", path, "--target", "cuda:90", "--shape", shape, "--json")
+    assert json.loads(missing.stdout)["plans"][0]["kernels"]["forward"]["grade"] == "default"
 
 
 def test_every_command_takes_a_server(database, path, monkeypatch):

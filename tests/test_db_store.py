@@ -15,8 +15,8 @@ from sparsek_tune.problem import Device
 # --- what is stored
 
 
-def test_everything_recorded_comes_back(path):
-    with Store(path) as store:
+def test_everything_recorded_comes_back(where):
+    with Store(where) as store:
         run = store.start_run("sparsek-tune run")
         first = add(store, run=run)
         failed = Measured("compile", reason="ptxas: too much shared memory", protocol={"arch": 90})
@@ -29,40 +29,40 @@ def test_everything_recorded_comes_back(path):
     assert all(m.created_at.endswith("+00:00") for m in found)
 
 
-def test_a_later_run_goes_on_from_the_measurements_of_an_earlier_one(path):
-    make(path)
-    with Store(path) as store:
+def test_a_later_run_goes_on_from_the_measurements_of_an_earlier_one(where):
+    make(where)
+    with Store(where) as store:
         add(store, Measured("wrong", reason="error 0.3"), config=Config(BLOCK=32, STAGES=1))
         found = store.measurements(DEVICE, TEMPLATE, PROBLEM)
     assert [m.result.status for m in found] == ["ok", "wrong"]
 
 
-def test_problems_that_differ_only_in_fields_the_kernel_ignores_are_one(path):
-    make(path)
+def test_problems_that_differ_only_in_fields_the_kernel_ignores_are_one(where):
+    make(where)
     other_k = PROBLEM._replace(k=7)
     other_n = PROBLEM._replace(n=1024)
-    with Store(path) as store:
+    with Store(where) as store:
         assert len(store.measurements(DEVICE, TEMPLATE, other_k)) == 1
         assert store.measurements(DEVICE, TEMPLATE, other_n) == []
         assert store.winners()[0].problem == PROBLEM._replace(k=0)
 
 
 @pytest.mark.parametrize("change", [{"driver": "560"}, {"triton": "3.7"}, {"name": "GPU B"}, {"memory": 1 << 40}])
-def test_measurements_are_of_one_fingerprint(path, change):
-    make(path)
+def test_measurements_are_of_one_fingerprint(where, change):
+    make(where)
     other = replace(DEVICE, **change)
-    with Store(path) as store:
+    with Store(where) as store:
         assert store.measurements(other, TEMPLATE, PROBLEM) == []
         add(store, device=other)
         assert store.summary()[1].device == other
 
 
-def test_measurements_are_of_one_kernel_source(path, tmp_path):
-    make(path)
+def test_measurements_are_of_one_kernel_source(where, tmp_path):
+    make(where)
     source = tmp_path / "kernel.py"
     source.write_text("changed")
     changed = replace(TEMPLATE, sources=(str(source),))
-    with Store(path) as store:
+    with Store(where) as store:
         assert store.measurements(DEVICE, changed, PROBLEM) == []
         assert len(store.measurements(DEVICE, TEMPLATE, PROBLEM)) == 1
 
@@ -90,9 +90,9 @@ def test_a_result_that_makes_no_sense_is_refused(arguments, named):
         Measured(**arguments)
 
 
-def test_the_latest_winner_replaces_the_one_before(path):
-    make(path)
-    with Store(path) as store:
+def test_the_latest_winner_replaces_the_one_before(where):
+    make(where)
+    with Store(where) as store:
         assert store.set_winner(add(store, config=Config(BLOCK=128, STAGES=1)), 0.3, 0.1)
         (winner,) = store.winners()
     assert (Config.from_key(winner.config), winner.default_ms, winner.tuned_ms) == (
@@ -102,8 +102,8 @@ def test_the_latest_winner_replaces_the_one_before(path):
     )
 
 
-def test_a_static_result_never_replaces_a_measured_winner_but_the_reverse_holds(path):
-    with Store(path) as store:
+def test_a_static_result_never_replaces_a_measured_winner_but_the_reverse_holds(where):
+    with Store(where) as store:
         static = add(store, Measured("static"), config=Config(BLOCK=16, STAGES=1))
         assert store.set_winner(static)
         assert store.winners()[0].static
@@ -115,8 +115,8 @@ def test_a_static_result_never_replaces_a_measured_winner_but_the_reverse_holds(
 
 
 @pytest.mark.parametrize("status", ["wrong", "timeout"])
-def test_a_failed_measurement_cannot_win(path, status):
-    with Store(path) as store:
+def test_a_failed_measurement_cannot_win(where, status):
+    with Store(where) as store:
         with pytest.raises(ValueError, match=f"ok or static, but is {status}"):
             store.set_winner(add(store, Measured(status)))
         with pytest.raises(ValueError, match="but is missing"):
@@ -124,9 +124,9 @@ def test_a_failed_measurement_cannot_win(path, status):
         assert store.winners() == []
 
 
-def test_the_summary_counts_attempts_by_status_with_and_without_a_winner(path):
-    make(path)
-    with Store(path) as store:
+def test_the_summary_counts_attempts_by_status_with_and_without_a_winner(where):
+    make(where)
+    with Store(where) as store:
         add(store, Measured("infeasible", reason="shared memory"))
         add(store, Measured("infeasible", reason="shared memory"))
         add(store, Measured("wrong"), problem=PROBLEM._replace(n=64))

@@ -203,6 +203,7 @@ def test_a_full_disk_ends_the_run_and_costs_nothing_that_was_recorded(tmp_path, 
         assert "free disk space" in err and str(world.database) in err
         assert event_lines.parse(out)[-1]["exit_code"] == 4
         assert all(map(gone, world.pids("compile", "measure")))
+        filler = fill(disk)  # what the log of the studies took until the run ended, too
         code, _, err = world.run()
         assert code == 4 and "free disk space" in err and "Traceback" not in err, err
         monkeypatch.setenv("SPARSEK_TUNE_CACHE", str(world.database))
