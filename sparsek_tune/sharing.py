@@ -50,9 +50,10 @@ def import_command(files: tuple[Path, ...], storage: Path | str | None, as_json:
     """Add the records of FILES (- for stdin), written by export, to the database; .gz and .xz files are unpacked.
 
     A file is checked as a whole before anything is written, and taken in one transaction. What is there already is
-    passed over. Where two configs won the same problem, the one with better evidence is served (measured before static,
-    then the higher speed-up over the default in its race) and the other reported. Nothing is run; a config will be
-    served only where this version's kernels allow it.
+    passed over. Where two configs won the same problem, and neither race replaced the other, the one with better
+    evidence is served (measured before static, then the higher speed-up over the default in its race) and the other
+    reported; the order of files does not matter. Nothing is run; a config will be served only where this version's
+    kernels allow it.
     """
     _take([(str(file), read_records(file)) for file in files], storage, as_json)
 

@@ -92,11 +92,12 @@ class _Maker:
             "command": "sparsek-tune run", "host": "simulated", "pid": 1, "outcome": "done",
             "started_at": "2025-01-01T00:00:00.000000+00:00", "finished_at": None,
         }  # fmt: skip
+        races = [{**winner, "created_at": at, "known": []}] if winner else []
         self.records.append({
             "device": self.device.as_dict(),
             "template": {"name": self.template.name, "source_hash": self.template.source_hash, "space_version": "1"},
             "problem": self.problem.project(self.template.fields)._asdict(),
             "config": dict(config), "status": status, "reason": reason,
             "median_ms": ms, "ci_low_ms": ms and ms * 0.99, "ci_high_ms": ms and ms * 1.01, "samples": 50 if ms else 0,
-            "protocol": protocol or {}, "created_at": at, "run": run, "winner": winner,
+            "protocol": protocol or {}, "created_at": at, "run": run, "races": races, "winner": winner,
         })  # fmt: skip
