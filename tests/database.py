@@ -67,6 +67,15 @@ def make(path, winner=True):
     return path
 
 
+def write_many(where, number, started):
+    """For processes of their own, which find this module however pytest was started. started: a queue for their ids."""
+    with Store(where) as store:
+        started.put(os.getpid())
+        run = store.start_run("many")
+        for n in range(number):
+            add(store, run=run, problem=PROBLEM._replace(n=16 << (n % 8)))
+
+
 def execute(path, *statements):
     """The rows of the last statement, by a connection of our own."""
     with closing(sqlite3.connect(path)) as connection, connection:

@@ -11,7 +11,7 @@ from multiprocessing import get_context
 
 import pytest
 from click.testing import CliRunner
-from database import CONFIG, DEVICE, OK, PROBLEM, TEMPLATE, add, refusal
+from database import CONFIG, DEVICE, OK, PROBLEM, TEMPLATE, add, refusal, write_many
 from server import PASSWORD
 
 from sparsek_tune import dispatch
@@ -175,7 +175,7 @@ def test_an_older_schema_is_brought_up_to_date_by_who_writes(database, postgres)
     with pytest.raises(errors.DatabaseError, match=r"has schema 1, older than .* brings it up to date"):
         Store(database, read_only=True)
     started = SPAWN.Queue()
-    writers = [SPAWN.Process(target=_write, args=(database, 1, started)) for _ in range(3)]
+    writers = [SPAWN.Process(target=write_many, args=(database, 1, started)) for _ in range(3)]
     for writer in writers:
         writer.start()
     for writer in writers:
@@ -219,17 +219,9 @@ def test_a_user_that_may_only_read_reads(database, postgres):
         postgres.sql("DROP ROLE guest")
 
 
-def _write(url, count, started):
-    with Store(url) as store:
-        started.put(os.getpid())
-        run = store.start_run("many")
-        for n in range(count):
-            add(store, run=run, problem=PROBLEM._replace(n=16 << (n % 8)))
-
-
 def test_processes_that_begin_at_once_make_one_schema_and_lose_nothing(database, postgres):
     started = SPAWN.Queue()
-    writers = [SPAWN.Process(target=_write, args=(database, 25, started)) for _ in range(4)]
+    writers = [SPAWN.Process(target=write_many, args=(database, 25, started)) for _ in range(4)]
     for writer in writers:
         writer.start()
     for writer in writers:
@@ -244,7 +236,7 @@ def test_processes_that_begin_at_once_make_one_schema_and_lose_nothing(database,
 def test_a_writer_that_is_killed_loses_what_it_had_not_committed_alone(database, postgres):
     Store(database)
     started = SPAWN.Queue()
-    writers = [SPAWN.Process(target=_write, args=(database, 10**6, started)) for _ in range(2)]
+    writers = [SPAWN.Process(target=write_many, args=(database, 10**6, started)) for _ in range(2)]
     for writer in writers:
         writer.start()
     for _ in writers:

@@ -237,7 +237,12 @@ def search(path, monkeypatch):
     from sparsek_tune.tune.bench import Bench
     from sparsek_tune.tune.compile import Compiled, CompilePool
     from sparsek_tune.tune.measure import Estimate
+    from sparsek_tune.tune.studies import Studies, StudiesError
     from sparsek_tune.tune.tuner import tune
+
+    def nowhere(*_):
+        """The studies hold nothing that may not be lost: the statements here are the store's alone."""
+        raise StudiesError("no studies")
 
     template = faults.template(tiles=(32, 64))
 
@@ -248,6 +253,7 @@ def search(path, monkeypatch):
     monkeypatch.setitem(EFFORTS, "tiny", types.Effort(40, 60.0, 0.01, 3, 0.01, 4, 2))
     monkeypatch.setattr(CompilePool, "_compile", lambda self, *rest: Compiled("ok", ""))
     monkeypatch.setattr(CompilePool, "start", lambda self: None)
+    monkeypatch.setattr(Studies, "beside", nowhere)
     monkeypatch.setattr(Bench, "start", lambda self: None)
     monkeypatch.setattr(Bench, "verify", lambda self, *rest: None)
     monkeypatch.setattr(Bench, "measure", lambda self, spec, config, *rest: estimate(config))

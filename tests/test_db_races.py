@@ -217,3 +217,30 @@ def test_a_race_stands_unless_a_later_one_knew_its_run():
     assert [r.measurement for r in races.standing([first, second, other])] == [3, 2]
     assert races.standing([second, made(4, "2", 1, [1], tuned_ms=0.1)])[0].measurement == 4, "at one moment both stand"
     assert races.standing([first, made(5, "9", 9, [1], static=True)]) == [first], "static ones replace nothing measured"
+
+
+MADE = st.builds(
+    lambda n, created_at, run, known, tuned, static: made(
+        n, created_at, run, {run, *known}, tuned_ms=tuned, static=static
+    ),
+    st.integers(1, 3),
+    st.sampled_from("1234"),
+    st.integers(1, 3),
+    st.sets(st.integers(1, 3)),
+    st.sampled_from([0.1, 0.2, 0.25]),
+    st.booleans(),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(MADE, min_size=1, max_size=6), st.randoms(use_true_random=False))
+def test_what_stands_depends_on_the_set_of_races_alone(found, random):
+    shuffled = random.sample(found, len(found))
+    assert [r.strength for r in races.standing(shuffled)] == [r.strength for r in races.standing(found)]
+    assert races.standing(found), "the latest race always stands"
+
+
+def test_the_latest_race_that_knew_a_run_counts_in_whatever_order_they_are_told():
+    known, again, late = made(1, "1", 2, [1, 2]), made(2, "2", 1, [1], tuned_ms=0.1), made(3, "3", 3, [1, 3])
+    for order in itertools.permutations([known, again, late]):
+        assert [r.measurement for r in races.standing(order)] == [3, 1]

@@ -450,9 +450,9 @@ def test_importing_the_dispatcher_loads_the_standard_library_only():
 def test_resolving_loads_no_sqlalchemy_optuna_or_click(tmp_path):
     tune(kernel=FORWARD)
     code = (
-        "import sys; from sparsek_tune import dispatch, problem\n"
+        "import pathlib, sys; from sparsek_tune import dispatch, problem\n"
         "p = problem.Problem.of('bf16', 128, 4, 'kv', 1024, 512, 16384, 8)\n"
-        "plan = dispatch.resolve(p, problem.target_device('cuda:90'))\n"
+        f"plan = dispatch.resolve(p, problem.target_device('cuda:90'), shipped=pathlib.Path({str(tmp_path)!r}))\n"
         "print(*{r.grade for r in plan.values()}, *sys.modules)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
