@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import select
+from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
 from sparsek_tune.db.schema import ConfigRow, MeasurementRow, RaceRow, RunRow, WinnerRow
@@ -101,16 +101,18 @@ def take(session: Session, key: Key, won: Iterable[tuple[int, Mapping[str, Any]]
     what then is to be served. There must be one race."""
     before = of(session, key)
     there = {(r.measurement, r.default_ms, r.tuned_ms, r.created_at, r.known) for r in before}
+    rows = []
     for measurement, race in won:
         times = race["default_ms"], race["tuned_ms"], race["created_at"]
         identity = (measurement, *times, _runs(race["known"]))
         if identity not in there:
             there.add(identity)
-            session.add(RaceRow(measurement_id=measurement, **{**race, "known": json.dumps(race["known"])}))
-    session.flush()
+            rows.append({**race, "measurement_id": measurement, "known": json.dumps(race["known"])})
+    if rows:
+        session.execute(insert(RaceRow), rows)
     best, *others = standing(of(session, key))
-    served = standing(before)[:1]
-    return Taken(_serve(session, key, best), best, [r for r in others if r in served or r not in before])
+    weighed = set(before) - set(standing(before)[:1])
+    return Taken(_serve(session, key, best), best, [r for r in others if r not in weighed])
 
 
 def _serve(session: Session, key: Key, race: Race) -> bool:
