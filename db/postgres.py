@@ -67,15 +67,14 @@ def parse(url: str) -> URL:
 
 
 class Server:
-    """The backend of a Store for a URL (see ``sqlite.File``). ``name`` has no password in it, ``url`` may."""
+    """The backend of a Store for a URL (see ``sqlite.File``). ``name`` has no password in it, ``where`` may."""
 
     def __init__(self, url: str, read_only: bool) -> None:
-        self.url = url
-        self._url = parse(url)
-        self.name = self._url.render_as_string(hide_password=True)
+        self.where, parsed = url, parse(url)
+        self.name = parsed.render_as_string(hide_password=True)
         try:
             engine = create_engine(
-                self._url, poolclass=NullPool, connect_args={"connect_timeout": _CONNECT_SECONDS}, hide_parameters=True
+                parsed, poolclass=NullPool, connect_args={"connect_timeout": _CONNECT_SECONDS}, hide_parameters=True
             )
         except ModuleNotFoundError as error:
             raise DatabaseError(f"{self.name} needs psycopg: pip install 'sparsek_tune[postgres]'") from error

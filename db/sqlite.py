@@ -23,10 +23,10 @@ _NETWORK = re.compile(
 
 class File:
     """The backend of a Store for a file: engines for transactions that ``read`` and ``write``, what each begins with,
-    what errors mean. ``name`` is for messages."""
+    what errors mean. ``where`` it is, and a ``name`` of that for messages."""
 
     def __init__(self, path: Path, read_only: bool) -> None:
-        self.name = path
+        self.name = self.where = path
         if read_only:
             reader.connect(path).close()
         else:

@@ -123,7 +123,7 @@ class Store:
         else:
             self._backend = sqlite.File(Path(where) if where else default_path(), read_only)
         self.path: Path | str = self._backend.name
-        self.where: Path | str = self._backend.url if isinstance(self._backend, postgres.Server) else self._backend.name
+        self.where: Path | str = self._backend.where
 
     def __enter__(self) -> Store:
         return self

@@ -162,6 +162,17 @@ def described(postgres, database):
     ]
 
 
+def write_at_once(database, processes, count):
+    """Each of ``processes`` records ``count`` measurements, and ends well."""
+    started = SPAWN.Queue()
+    writers = [SPAWN.Process(target=write_many, args=(database, count, started)) for _ in range(processes)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(120)
+        assert writer.exitcode == 0
+
+
 def test_an_older_schema_is_brought_up_to_date_by_who_writes(database, postgres):
     """As version 1 left it."""
     name = name_of(database)
@@ -174,13 +185,7 @@ def test_an_older_schema_is_brought_up_to_date_by_who_writes(database, postgres)
         postgres.sql(statement, name)
     with pytest.raises(errors.DatabaseError, match=r"has schema 1, older than .* brings it up to date"):
         Store(database, read_only=True)
-    started = SPAWN.Queue()
-    writers = [SPAWN.Process(target=write_many, args=(database, 1, started)) for _ in range(3)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join(60)
-        assert writer.exitcode == 0
+    write_at_once(database, 3, 1)
     assert described(postgres, database) == shape
     with Store(database, read_only=True) as store:
         after = transfer.export(store)
@@ -220,13 +225,7 @@ def test_a_user_that_may_only_read_reads(database, postgres):
 
 
 def test_processes_that_begin_at_once_make_one_schema_and_lose_nothing(database, postgres):
-    started = SPAWN.Queue()
-    writers = [SPAWN.Process(target=write_many, args=(database, 25, started)) for _ in range(4)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join(120)
-        assert writer.exitcode == 0
+    write_at_once(database, 4, 25)
     name = name_of(database)
     assert postgres.sql("SELECT count(*) FROM sparsek_tune.measurement", name) == [(100,)]
     assert postgres.sql("SELECT count(*) FROM sparsek_tune.problem", name) == [(8,)]

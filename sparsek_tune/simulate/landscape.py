@@ -16,8 +16,8 @@ from typing import NamedTuple
 from sparsek_tune.kernel_templates.base import Config, Template
 from sparsek_tune.problem import Device, Problem
 from sparsek_tune.report.evidence import Attempt, Gpu, Search
+from sparsek_tune.tune.search import STARTS
 
-STARTS = 3  # winners of other problems that a search begins with, as the tuner has it
 _QUANTILE = statistics.NormalDist().inv_cdf(0.975)  # half a 95 % interval, in standard deviations
 _JUDGED = (0.02, 0.1)  # seconds that verifying and timing a compiled config takes: 10 to 50 a second
 

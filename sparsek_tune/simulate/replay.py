@@ -11,9 +11,10 @@ from typing import Any, NamedTuple, Protocol
 
 from sparsek_tune.kernel_templates.base import Config
 from sparsek_tune.simulate.landscape import Landscape
+from sparsek_tune.tune.search import WAITING
 
 JOBS = 16  # compile processes
-AHEAD = JOBS + 2  # configs in flight, as the tuner keeps them
+AHEAD = JOBS + WAITING  # configs in flight, as the tuner keeps them
 COMPILE_SECONDS = {"forward": JOBS / 2.5}  # of one config in one process: 16 processes give 2 to 3 a second
 OTHER_COMPILE_SECONDS = 5.0
 _SPREAD = 2.0  # compile seconds lie between their usual value over this and times this

@@ -6,9 +6,9 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparsek_tune.db.store import Measured
 from sparsek_tune.kernel_templates.base import Config, Template
@@ -20,15 +20,29 @@ from sparsek_tune.tune.pace import Pace
 from sparsek_tune.tune.propose import Proposals
 from sparsek_tune.tune.record import FAILED, INFEASIBLE, WRONG, failed, timed
 from sparsek_tune.tune.suite import Searching
-from sparsek_tune.tune.types import Event, Row, Spec, Trial
+from sparsek_tune.tune.types import Event, Row, Trial
 
 if TYPE_CHECKING:
     from sparsek_tune.tune.tuner import Run
 
 _HOPELESS = 1.5  # a candidate whose whole interval lies above this multiple of the best is not sampled further
 _LEAST = 5.0  # seconds for the search of a kernel of which no winner is known nearby
-_POLL = 0.2  # seconds between looks at what others do
-_WAITING = 2  # candidates that wait for a free compiler: more would be proposed without the results of those before
+POLL = 0.2  # seconds between looks at what others do
+STARTS = 4  # winners of other problems that a search begins with
+WAITING = 2  # candidates that wait for a free compiler: more would be proposed without the results of those before
+
+
+class Won(NamedTuple):
+    """Winners of one template: those that may be served at a problem, best match first, and others of like problems,
+    nearest first."""
+
+    served: list[Config]
+    far: list[Config]
+
+    @property
+    def starts(self) -> list[Config]:
+        """What a search begins with."""
+        return [*self.served, *self.far][:STARTS]
 
 
 class Search:
@@ -42,7 +56,8 @@ class Search:
         self.key = problem.project(template.fields)
         self.ledger = run.ledger(template, problem)
         self.default = template.default(problem, run.device)
-        self.spec = Spec(template.name, problem, run.device, run.companions(template, problem))
+        won = run.won(problem)
+        self.spec = run.spec(template, problem, won)
         self.seed = zlib.crc32(f"{run.seed} {template.name} {self.key}".encode())
         self._share, self._tell = share, tell
         self._elsewhere: set[Config] = set()  # configs that others work at
@@ -50,16 +65,11 @@ class Search:
         self.total = 0
         self.looked_at: int | None = None  # configs, where the ledger does not hold all of them (static tuning)
         self.pace = Pace()
-        self._starts = run.starts(template, problem)
+        self._starts = won[template.name].starts
         self._took: list[float] = []  # seconds to compile a config
 
     def go(self) -> Row:
-        first = [self.default, *self._starts]
-        proposals = Proposals(
-            self.template, self.problem, self.run.device, self.run.effort.trials,
-            known=self.ledger.times(), first=first, seed=self.seed, sampler=self.run.effort.sampler,
-        )  # fmt: skip
-        self.total = proposals.total
+        proposals = self._proposals(self.seed, [self.default, *self._starts])
         stored = self.ledger.winner()
         before = self.ledger.count()
         self.emit("start", f"{before} of {self.total} configs known" if before else "")
@@ -86,22 +96,26 @@ class Search:
         if self.ledger.time(self.default) is None:  # its driver is at it
             return False
         before = self.ledger.count()
-        proposals = Proposals(
-            self.template, self.problem, self.run.device, self.run.effort.trials,
-            known=self.ledger.times(), seed=self.seed ^ os.getpid(), sampler=self.run.effort.sampler,
-        )  # fmt: skip
-        self.total = proposals.total
+        proposals = self._proposals(self.seed ^ os.getpid())
         if self.total <= before or time.monotonic() >= self.end:
             return False
         self.board = self.run.board(self.template, self.problem)
         self.run.compile_first(self.problem)
         return self._explore(proposals, leading=False)
 
+    def _proposals(self, seed: int, first: Iterable[Config] = ()) -> Proposals:
+        proposals = Proposals(
+            self.template, self.problem, self.run.device, self.run.effort.trials,
+            known=self.ledger.times(), first=first, seed=seed, sampler=self.run.effort.sampler,
+        )  # fmt: skip
+        self.total = proposals.total
+        return proposals
+
     def _explore(self, proposals: Proposals, *, leading: bool) -> bool:
         """Keep the compile pool and the GPU busy and record what they deliver, until the space or the time is over;
         who leads waits for what others work at. Returns whether anything was tried here."""
         self.pace.begin(self.ledger.count())
-        most = self.run.pool.jobs + _WAITING
+        most = self.run.pool.jobs + WAITING
         compiling: dict[Future[Compiled], Config] = {}
         judging: dict[Future[Measured], Config] = {}
         tried = False
@@ -115,7 +129,7 @@ class Search:
             if not compiling and not judging:
                 if not (leading and self._others(proposals)):
                     return tried
-                time.sleep(_POLL)
+                time.sleep(POLL)
                 continue
             left = max(0.0, self.end - time.monotonic())
             for future in wait([*judging, *compiling], timeout=left, return_when=FIRST_COMPLETED).done:
@@ -135,7 +149,7 @@ class Search:
             self.board.drop(config)
         limit = time.monotonic() + self.run.effort.timeout  # others stop now, too
         while leading and time.monotonic() < limit and self._others(proposals):
-            time.sleep(_POLL)
+            time.sleep(POLL)
         return tried
 
     def _claim(self, proposals: Proposals, config: Config) -> bool:
@@ -178,17 +192,26 @@ class Search:
         """Verify and time one compiled candidate. cases: see ``Stage.verify``; finalists meet theirs later on."""
         spent = {"compile_seconds": round(compiled.seconds, 3)}
         protocol = {**PROTOCOL, "kernels": [k._asdict() for k in compiled.kernels], **spent}
-        if compiled.status != "ok":
-            return failed(compiled.status, compiled.reason, protocol)
-        best, bench = self.ledger.best_ms, self.run.bench
-        hopeless = math.inf if best is None else _HOPELESS * best
+        if (wrong := self._wrong(config, compiled, cases, protocol)) is not None:
+            return wrong
+        best = self.ledger.best_ms
+        hopeless, seconds = math.inf if best is None else _HOPELESS * best, self.run.effort.sample_seconds
         try:
-            wrong = bench.verify(self.spec, config, cases)
-            if wrong is not None:
-                return failed("wrong", wrong, protocol)
-            return timed(bench.measure(self.spec, config, self.run.effort.sample_seconds, hopeless), protocol)
+            return timed(self.run.bench.measure(self.spec, config, seconds, hopeless), protocol)
         except WorkerError as error:
             return failed(error.status, str(error), protocol)
+
+    def _wrong(
+        self, config: Config, compiled: Compiled, cases: bool, protocol: Mapping[str, Any]
+    ) -> Measured | None:  # fmt: skip
+        """What is to be recorded of a config that does not compile or is not right, or None."""
+        if compiled.status != "ok":
+            return failed(compiled.status, compiled.reason, protocol)
+        try:
+            wrong = self.run.bench.verify(self.spec, config, cases)
+        except WorkerError as error:
+            return failed(error.status, str(error), protocol)
+        return None if wrong is None else failed("wrong", wrong, protocol)
 
     def _record(self, config: Config, result: Measured) -> float | None:
         """Record one attempt; its median (ms), or None."""
@@ -219,23 +242,13 @@ class Search:
         found: list[Config] = []
         while ranking and (places := self.run.effort.finalists - len(found)) > 0:
             best, ranking = ranking[:places], ranking[places:]
-            for config, compiled in [(c, self.run.pool.submit(self.spec, c)) for c in best]:
-                wrong = self._confirm(config, compiled.result())
+            for config, compiled in [(c, self.run.compile(self.spec, c, True)) for c in best]:
+                wrong = self._wrong(config, compiled.result(), True, PROTOCOL)
                 if wrong is None:
                     found.append(config)
                 else:
                     self._record(config, wrong)
         return found
-
-    def _confirm(self, config: Config, compiled: Compiled) -> Measured | None:
-        """What is to be recorded of a config that was timed and does not hold, or None."""
-        if compiled.status != "ok":
-            return failed(compiled.status, compiled.reason, PROTOCOL)
-        try:
-            wrong = self.run.bench.verify(self.spec, config)
-        except WorkerError as error:
-            return failed(error.status, str(error), PROTOCOL)
-        return None if wrong is None else failed("wrong", wrong, PROTOCOL)
 
     def _contest(self, finalists: list[Config]) -> dict[Config, Estimate]:
         """Race results, all recorded. Where the race breaks, each finalist meets the default alone, to tell who."""

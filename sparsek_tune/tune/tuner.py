@@ -6,15 +6,15 @@ import math
 import sys
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from sparsek_tune import dispatch
 from sparsek_tune.db import reader
+from sparsek_tune.db.reader import Entry
 from sparsek_tune.db.store import Store
 from sparsek_tune.kernel_templates import TEMPLATES
 from sparsek_tune.kernel_templates.base import Config, Template
@@ -25,14 +25,11 @@ from sparsek_tune.tune.board import Board
 from sparsek_tune.tune.compile import Compiled, CompilePool
 from sparsek_tune.tune.pace import Outlook, Shares
 from sparsek_tune.tune.record import Ledger
-from sparsek_tune.tune.search import Search
+from sparsek_tune.tune.search import POLL, Search, Won
 from sparsek_tune.tune.stage import FACTORY
 from sparsek_tune.tune.studies import Studies, StudiesError
 from sparsek_tune.tune.suite import Searching, Suite, Task, again, tasks
 from sparsek_tune.tune.types import EFFORTS, Event, OnEvent, Row, Spec
-
-_POLL = 0.2  # seconds between looks at what others do
-_STARTS = 4  # winners of other problems that a search begins with
 
 
 def tune(
@@ -91,7 +88,7 @@ def join(
             if suite or (not found and time.monotonic() >= last + wait):
                 return done
             if not found:
-                time.sleep(min(_POLL, max(0.0, last + wait - time.monotonic())))
+                time.sleep(min(POLL, max(0.0, last + wait - time.monotonic())))
 
 
 @contextmanager
@@ -144,7 +141,7 @@ class Run:
         self._rows: dict[tuple[str, Problem], Row] = {}
         self.end = math.inf if until is None else time.monotonic() + until - time.time()
         self._outlook = Outlook(effort.seconds / len(templates), self.end)
-        self._ahead: defaultdict[Problem, list[tuple[Spec, Config, Future[Compiled]]]] = defaultdict(list)
+        self._ahead: dict[Problem, list[tuple[Spec, Config, Future[Compiled]]]] = {}
         self.pool = CompilePool(factory, jobs, timeout=effort.timeout)
         self.bench = Bench(factory, "interpret" if device.static else "measure", effort.timeout)
         # One thread, for one measuring process: the GPU works on while results are recorded and configs proposed.
@@ -203,7 +200,7 @@ class Run:
             elif suite.over():
                 return
             elif not any(self._help(search) for search in suite.searches()):
-                time.sleep(_POLL)
+                time.sleep(POLL)
 
     def _drive(
         self, problem: Problem, names: Iterable[str], ahead: int, tell: Callable[[Searching], None]
@@ -240,14 +237,12 @@ class Run:
             return
         self.pool.start()
         self.bench.start()
-        needed, starts = [], []
+        needed, starts, won = [], [], self.won(problem)
         for t in self.templates.values():
-            spec = Spec(t.name, problem, self.device, self.companions(t, problem))
-            default = t.default(problem, self.device)
-            needed.append((spec, default))
-            needed += [(spec, config) for config in self._won(t, problem)[0][:1]]
-            starts += [(spec, config) for config in self.starts(t, problem)]
-        ahead = self._ahead[problem]
+            spec = self.spec(t, problem, won)
+            needed += [(spec, config) for config in (t.default(problem, self.device), *won[t.name].served[:1])]
+            starts += [(spec, config) for config in won[t.name].starts]
+        ahead = self._ahead[problem] = []
         for spec, config in needed + starts:
             if self._compiled(spec, config) is None:
                 ahead.append((spec, config, self.pool.submit(spec, config)))
@@ -258,27 +253,23 @@ class Run:
         return self._compiled(spec, config) or self.pool.submit(spec, config, cases)
 
     def _compiled(self, spec: Spec, config: Config) -> Future[Compiled] | None:
-        known = (future for *job, future in self._ahead[spec.problem] if job == [spec, config])
+        known = (future for *job, future in self._ahead.get(spec.problem, ()) if job == [spec, config])
         return next((future for future in known if not future.cancelled()), None)
 
-    def companions(self, template: Template, problem: Problem) -> dict[str, Config]:
-        """What is served for the other templates; for ``template`` itself the default."""
+    def spec(self, template: Template, problem: Problem, won: Mapping[str, Won]) -> Spec:
+        """With what is served of the other templates as companions; of ``template`` itself the default."""
         defaults = {t.name: t.default(problem, self.device) for t in self.templates.values()}
-        served = {t.name: self._won(t, problem)[0] for t in self.templates.values() if t.name != template.name}
-        return defaults | {name: configs[0] for name, configs in served.items() if configs}
+        served = {name: w.served[0] for name, w in won.items() if w.served and name != template.name}
+        return Spec(template.name, problem, self.device, defaults | served)
 
-    def starts(self, template: Template, problem: Problem) -> list[Config]:
-        """What won for ``template`` at the nearest problems, here and as shipped, nearest first, some of them too far
-        away to be served."""
-        served, far = self._won(template, problem)
-        return [*served, *far][:_STARTS]
+    def won(self, problem: Problem) -> dict[str, Won]:
+        """Of every template, here and as shipped."""
+        stored = [*self._store.winners(), *self._shipped]
+        return {t.name: self._won(t, problem, stored) for t in self.templates.values()}
 
-    def _won(self, template: Template, problem: Problem) -> tuple[list[Config], list[Config]]:
-        """Winners that may be served at ``problem``, best match first, and others of like problems, nearest first."""
-        stored = [*self._store.winners(), *reader.load_shipped(self.device.kind, self.device.cc).entries]
-        ranked = dispatch.candidates(template, problem, self.device, stored)
+    def _won(self, template: Template, problem: Problem, stored: Sequence[Entry]) -> Won:
         like = [
-            c for c in ranked
+            c for c in dispatch.candidates(template, problem, self.device, stored)
             # A GPU's kernels do not run beside what no GPU has run.
             if (self.device.static or not c.entry.static)
             and not dispatch.foreign(c.entry, template, problem, self.device)
@@ -286,7 +277,11 @@ class Run:
         ]  # fmt: skip
         served = list(dict.fromkeys(Config.from_key(c.entry.config) for c in like if not c.refused))
         far = dict.fromkeys(Config.from_key(c.entry.config) for c in like if c.refused)
-        return served, [config for config in far if config not in served]
+        return Won(served, [config for config in far if config not in served])
+
+    @cached_property
+    def _shipped(self) -> tuple[Entry, ...]:
+        return reader.load_shipped(self.device.kind, self.device.cc).entries
 
     def ledger(self, template: Template, problem: Problem) -> Ledger:
         return Ledger(self._store, self.device, template, problem, self._run)
