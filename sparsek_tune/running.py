@@ -69,7 +69,7 @@ def run_command(
     from sparsek_tune.crew import Crew
     from sparsek_tune.db.store import Store
     from sparsek_tune.events import EventLines
-    from sparsek_tune.tune.compile import default_jobs
+    from sparsek_tune.tune.pool import default_jobs
 
     with EventLines(sys.stdout if as_lines else None) as lines:
         problems = _problems(models, texts, captures)

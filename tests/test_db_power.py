@@ -6,6 +6,7 @@ import shutil
 import signal
 import sqlite3
 import sys
+from concurrent.futures import Future
 from contextlib import closing
 from itertools import count as numbers
 from pathlib import Path
@@ -235,8 +236,8 @@ def search(path, monkeypatch):
 
     from sparsek_tune.tune import EFFORTS, types
     from sparsek_tune.tune.bench import Bench
-    from sparsek_tune.tune.compile import Compiled, CompilePool
     from sparsek_tune.tune.measure import Estimate
+    from sparsek_tune.tune.pool import Compiled, CompilePool
     from sparsek_tune.tune.studies import Studies, StudiesError
     from sparsek_tune.tune.tuner import tune
 
@@ -250,8 +251,10 @@ def search(path, monkeypatch):
         ms = faults.true_ms(config)
         return Estimate(ms, 0.99 * ms, 1.01 * ms, 10)
 
+    done = Future()
+    done.set_result(Compiled("ok", ""))
     monkeypatch.setitem(EFFORTS, "tiny", types.Effort(40, 60.0, 0.01, 3, 0.01, 4, 2))
-    monkeypatch.setattr(CompilePool, "_compile", lambda self, *rest: Compiled("ok", ""))
+    monkeypatch.setattr(CompilePool, "submit", lambda self, *rest: done)
     monkeypatch.setattr(CompilePool, "start", lambda self: None)
     monkeypatch.setattr(Studies, "beside", nowhere)
     monkeypatch.setattr(Bench, "start", lambda self: None)

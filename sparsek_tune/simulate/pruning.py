@@ -8,7 +8,7 @@ from typing import Any
 
 from sparsek_tune.simulate.landscape import Landscape, Outcome
 from sparsek_tune.simulate.strategies import by_cost
-from sparsek_tune.tune.compile import MOST_STACK
+from sparsek_tune.tune.cubin import MOST_STACK
 
 
 def pruning(landscape: Landscape) -> dict[str, Any]:

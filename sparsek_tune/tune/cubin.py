@@ -1,11 +1,16 @@
-"""Registers and stack of a compiled CUDA kernel, read from its ELF file: no GPU, no tool of the CUDA toolkit."""
+"""What a compiled CUDA kernel takes, read from its ELF file without a tool of CUDA, and whether a GPU has it."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from sparsek_tune.problem import Device
+from sparsek_tune.tune.types import Kernel
+
+MOST_STACK = 512  # bytes a thread; a kernel that spills more has never been the fastest, and may take ptxas minutes
+REGISTERS = 65536  # per SM, on every CUDA device since compute capability 3.5
 _SECTION = struct.Struct("<IIQQQQIIQQ")
 _NVAL_SIZED = 4  # an attribute whose value follows, with its size in the header
 _REGCOUNT, _FRAME_SIZE = 0x2F, 0x11  # EIATTR codes of .nv.info; each value is (symbol, number)
@@ -29,6 +34,18 @@ def resources(cubin: bytes) -> Resources:
     if _REGCOUNT not in found:
         raise ValueError("cubin holds no kernel: no register count in .nv.info")
     return Resources(found[_REGCOUNT], found.get(_FRAME_SIZE, 0))
+
+
+def infeasible(kernels: Sequence[Kernel], device: Device) -> str | None:
+    """Why a candidate with these kernels is not worth a launch on ``device``, or None."""
+    for k in kernels:
+        if k.shared > device.smem:
+            return f"{k.name}: shared memory of {k.shared} bytes, {device.smem} available"
+        if k.stack > MOST_STACK:
+            return f"{k.name}: spills, stack of {k.stack} bytes a thread, at most {MOST_STACK} accepted"
+        if k.registers * 32 * k.warps > REGISTERS:
+            return f"{k.name}: {k.registers} registers a thread with {k.warps} warps, {REGISTERS} an SM"
+    return None
 
 
 def _numbers(cubin: bytes) -> dict[int, int]:

@@ -14,9 +14,9 @@ from sparsek_tune.db.store import Measured
 from sparsek_tune.kernel_templates.base import Config, Template
 from sparsek_tune.problem import Problem
 from sparsek_tune.tune.channel import WorkerError
-from sparsek_tune.tune.compile import Compiled
 from sparsek_tune.tune.measure import PROTOCOL, Estimate, choose
 from sparsek_tune.tune.pace import Pace
+from sparsek_tune.tune.pool import Compiled, settled
 from sparsek_tune.tune.propose import Proposals
 from sparsek_tune.tune.record import FAILED, INFEASIBLE, WRONG, failed, timed
 from sparsek_tune.tune.suite import Searching
@@ -73,15 +73,15 @@ class Search:
         stored = self.ledger.winner()
         before = self.ledger.count()
         self.emit("start", f"{before} of {self.total} configs known" if before else "")
-        if self.total > before:
-            self.run.compile_first(self.problem)
         self.board = self.run.board(self.template, self.problem)
         if self.ledger.time(self.default) is None:
-            compiled = self.run.compile(self.spec, self.default, True).result()
+            compiled = self._set_up()
             self._record(self.default, self.run.judge.submit(self._judge, self.default, compiled, True).result())
             # Where nothing is known that won nearby, something has to be looked at, however long setting up took.
             self.end = min(time.monotonic() + self._share(0.0 if self._starts else _LEAST), self.run.end)
             self._took.append(compiled.seconds)
+        elif self.total > before:
+            self._set_up()
         if self.ledger.time(self.default) is None:
             return self.row(None, None, None, f"the default config does not work: {self._why(self.default)}")
         if self.total > before:
@@ -100,8 +100,17 @@ class Search:
         if self.total <= before or time.monotonic() >= self.end:
             return False
         self.board = self.run.board(self.template, self.problem)
-        self.run.compile_first(self.problem)
+        self._set_up()
         return self._explore(proposals, leading=False)
+
+    def _set_up(self) -> Compiled:
+        """Start the processes, and have compiled what the measuring process runs first; what became of the default."""
+        self.run.pool.start()
+        self.run.bench.start()
+        setup, *parts = self.run.compile_default(self.spec)
+        self.run.foresee(self.problem)
+        setup.result()  # where it is not ok the measuring process will say so
+        return settled(parts)
 
     def _proposals(self, seed: int, first: Iterable[Config] = ()) -> Proposals:
         proposals = Proposals(
@@ -124,8 +133,10 @@ class Search:
                 if config == self.default:  # settled first of all
                     proposals.tell(config, self.ledger.time(config))
                 elif self._claim(proposals, config):
-                    compiling[self.run.compile(self.spec, config, False)] = config
+                    compiling[self.run.pool.submit(self.spec, config)] = config
                     tried = True
+            if leading and len(compiling) + len(judging) < most:  # nothing more to propose, and processes idle
+                self._foresee()
             if not compiling and not judging:
                 if not (leading and self._others(proposals)):
                     return tried
@@ -151,6 +162,13 @@ class Search:
         while leading and time.monotonic() < limit and self._others(proposals):
             time.sleep(POLL)
         return tried
+
+    def _foresee(self) -> None:
+        """Have compiled what comes after this search, as far as its best so far tell."""
+        ranking = self.ledger.ranking()
+        for config in [c for c in ranking if c != self.default][: self.run.effort.finalists]:
+            self.run.pool.submit(self.spec, config, "cases")
+        self.run.foresee(self.problem, self.template, ranking[0])
 
     def _claim(self, proposals: Proposals, config: Config) -> bool:
         """Whether this process is to try ``config``: nobody else tries it, or has tried it."""
@@ -242,8 +260,9 @@ class Search:
         found: list[Config] = []
         while ranking and (places := self.run.effort.finalists - len(found)) > 0:
             best, ranking = ranking[:places], ranking[places:]
-            for config, compiled in [(c, self.run.compile(self.spec, c, True)) for c in best]:
-                wrong = self._wrong(config, compiled.result(), True, PROTOCOL)
+            parts = {c: [self.run.pool.submit(self.spec, c, part) for part in ("length", "cases")] for c in best}
+            for config, futures in parts.items():
+                wrong = self._wrong(config, settled(futures), True, PROTOCOL)
                 if wrong is None:
                     found.append(config)
                 else:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from sparsek_tune.kernel_templates.base import Config
 from sparsek_tune.tune.measure import Sample
-from sparsek_tune.tune.types import Kernel, Spec
+from sparsek_tune.tune.types import Kernel, Part, Spec
 
 FACTORY = "sparsek_tune.tune.stages:make"  # "module:function" that takes a Spec and a mode, and gives a Stage
 
@@ -19,8 +20,14 @@ class Stage(Protocol):
         """Set up what all candidates share: inputs, results of the companions, reference results."""
         ...
 
-    def compile(self, config: Config, cases: bool = False) -> list[Kernel]:
-        """Compile all kernels of the candidate and launch none. cases: those of the small problems, not the timed."""
+    def compile(self, config: Config, part: Part = "length") -> list[Kernel]:
+        """Compile kernels of the candidate and launch none. part: "length", what is timed; "cases", what ``verify``
+        runs on small problems; "setup", what the measuring process runs before any candidate."""
+        ...
+
+    def pending(self, config: Config, part: Part = "length") -> Mapping[str, Callable[[], Any]]:
+        """By key, what compiles one of the kernels that ``compile`` would have to, each of which can be compiled
+        elsewhere; nothing, where ``compile`` is to do it all."""
         ...
 
     def verify(self, config: Config, cases: bool = True) -> str | None:

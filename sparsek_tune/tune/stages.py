@@ -19,11 +19,11 @@ from sparsek_tune.kernel_templates.base import Config
 from sparsek_tune.problem import Problem
 from sparsek_tune.reference import Selection
 from sparsek_tune.tune import sample
-from sparsek_tune.tune.compile import kernels_of
+from sparsek_tune.tune.compile import kernels_of, later, pending
 from sparsek_tune.tune.measure import CudaSampler, Sample
 from sparsek_tune.tune.redzone import SIZE, Fingerprint, redzones
 from sparsek_tune.tune.stage import Stage
-from sparsek_tune.tune.types import Kernel, Spec
+from sparsek_tune.tune.types import Kernel, Part, Spec
 from sparsek_tune.tune.verify import SCORES, TOLERANCE, compare, expected, reduced
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -55,7 +55,8 @@ def make_inputs(problem: Problem, device: str, scores: str = "normal", seed: int
     generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
+        empty = torch.empty(shape, dtype=dtype, device=device)
+        return empty if generator is None else empty.normal_(generator=generator)  # on meta it would take seconds
 
     def heads(count: int) -> Tensor:
         return normal(1, p.n, count, p.d, dtype=DTYPES[p.dtype]).transpose(1, 2)
@@ -212,13 +213,27 @@ class KernelStage:
             return
         _ = self._shared
 
-    def compile(self, config: Config, cases: bool = False) -> list[Kernel]:
-        with launch.compile_only() as compiled:
-            if cases:
-                self._meta_small.outputs(self._spec.template, config)
+    def compile(self, config: Config, part: Part = "length") -> list[Kernel]:
+        return kernels_of(self._launched(config, part))
+
+    def pending(self, config: Config, part: Part = "length") -> Mapping[str, Callable[[], Any]]:
+        return pending(self._launched(config, part))
+
+    def _launched(self, config: Config, part: Part) -> list[Any]:
+        """The kernels, as Triton would give them to a launch; none is compiled yet that no result was asked of."""
+        template = self._spec.template
+        with later(), launch.compile_only() as launched:
+            if part == "setup":
+                Pipeline(self._full_inputs, self._spec.companions).prepare(template)
+            elif part == "cases":
+                small = self._meta_small
+                known = {"selection": small.selection, "out": small.out, "lse": small.lse}
+                small = Pipeline(make_inputs(self._small, self._on), self._small_companions, known)
+                small.prepare(template)
+                small.outputs(template, config)
             else:
-                self._full.run(self._spec.template, config)
-        return kernels_of(compiled)
+                self._full.run(template, config)
+        return launched
 
     def verify(self, config: Config, cases: bool = True) -> str | None:
         if cases and (reason := self._wrong_case(config)) is not None:

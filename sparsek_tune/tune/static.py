@@ -113,13 +113,9 @@ def _candidates(search: Search) -> list[Config]:
 
 def _compile(search: Search, work: list[Config]) -> list[_Ranked]:
     """What of ``work`` compiles, with its cost."""
-    # The first alone: it leaves the companions' kernels in Triton's cache, for the other processes to find.
-    first = [search.run.pool.submit(search.spec, c) for c in work[:1]]
-    for future in first:
-        future.result()
     known = search.looked_at or 0
-    search.pace.begin(known + len(first))
-    futures = dict(zip(first, work, strict=False)) | {search.run.pool.submit(search.spec, c): c for c in work[1:]}
+    search.pace.begin(known)
+    futures = {search.run.pool.submit(search.spec, c): c for c in work}
     ranked = []
     for count, future in enumerate(as_completed(futures), 1):
         config, compiled = futures[future], future.result()

@@ -7,10 +7,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, get_args
 
 from sparsek_tune import dispatch
 from sparsek_tune.db import reader
@@ -22,14 +22,14 @@ from sparsek_tune.problem import Device, Problem, target_device
 from sparsek_tune.tune import static
 from sparsek_tune.tune.bench import Bench
 from sparsek_tune.tune.board import Board
-from sparsek_tune.tune.compile import Compiled, CompilePool
 from sparsek_tune.tune.pace import Outlook, Shares
+from sparsek_tune.tune.pool import Compiled, CompilePool
 from sparsek_tune.tune.record import Ledger
 from sparsek_tune.tune.search import POLL, Search, Won
 from sparsek_tune.tune.stage import FACTORY
 from sparsek_tune.tune.studies import Studies, StudiesError
 from sparsek_tune.tune.suite import Searching, Suite, Task, again, tasks
-from sparsek_tune.tune.types import EFFORTS, Event, OnEvent, Row, Spec
+from sparsek_tune.tune.types import EFFORTS, Event, OnEvent, Part, Row, Spec
 
 
 def tune(
@@ -141,7 +141,7 @@ class Run:
         self._rows: dict[tuple[str, Problem], Row] = {}
         self.end = math.inf if until is None else time.monotonic() + until - time.time()
         self._outlook = Outlook(effort.seconds / len(templates), self.end)
-        self._ahead: dict[Problem, list[tuple[Spec, Config, Future[Compiled]]]] = {}
+        self._ahead: Sequence[Template] = ()  # to be tuned at the same problem, after the current one
         self.pool = CompilePool(factory, jobs, timeout=effort.timeout)
         self.bench = Bench(factory, "interpret" if device.static else "measure", effort.timeout)
         # One thread, for one measuring process: the GPU works on while results are recorded and configs proposed.
@@ -211,12 +211,14 @@ class Run:
         later = problem._replace(n=0)
         shares = Shares(limit, self.end, [*[problem] * len(templates), *[later] * ahead])
         rows = []
-        for template in templates:
+        for at, template in enumerate(templates):
             if time.monotonic() >= self.end:
                 break
+            self._ahead = templates[at + 1 :]
             search = Search(self, template, problem, partial(shares.of, problem), tell)
             rows.append(static.search(search) if self.device.static else search.go())
             shares.done(problem)
+        self._ahead = ()
         return rows
 
     def _help(self, what: Searching) -> bool:
@@ -230,31 +232,20 @@ class Run:
     def board(self, template: Template, problem: Problem) -> Board:
         return Board(self._studies, self.device, template, problem, self.note)
 
-    def compile_first(self, problem: Problem) -> None:
-        """Compile every default at once: the measuring process, which needs all of them, then only loads them. What
-        searches begin with follows, while the first of them is judged."""
-        if problem in self._ahead:
-            return
-        self.pool.start()
-        self.bench.start()
-        needed, starts, won = [], [], self.won(problem)
-        for t in self.templates.values():
-            spec = self.spec(t, problem, won)
-            needed += [(spec, config) for config in (t.default(problem, self.device), *won[t.name].served[:1])]
-            starts += [(spec, config) for config in won[t.name].starts]
-        ahead = self._ahead[problem] = []
-        for spec, config in needed + starts:
-            if self._compiled(spec, config) is None:
-                ahead.append((spec, config, self.pool.submit(spec, config)))
-        wait([future for spec, config, future in ahead if (spec, config) in needed])
+    def foresee(self, problem: Problem, template: Template | None = None, best: Config | None = None) -> None:
+        """Have compiled what the searches to come at ``problem`` begin with, in their order, if it is the ``best``
+        config of ``template`` that stands beside them."""
+        won = self.won(problem)
+        if template is not None and best is not None:
+            won[template.name] = Won([best], [])
+        for t in self._ahead:
+            self.compile_default(self.spec(t, problem, won))
 
-    def compile(self, spec: Spec, config: Config, cases: bool) -> Future[Compiled]:
-        """As ``CompilePool.submit``, but that nothing is compiled again that :meth:`compile_first` compiled."""
-        return self._compiled(spec, config) or self.pool.submit(spec, config, cases)
-
-    def _compiled(self, spec: Spec, config: Config) -> Future[Compiled] | None:
-        known = (future for *job, future in self._ahead.get(spec.problem, ()) if job == [spec, config])
-        return next((future for future in known if not future.cancelled()), None)
+    def compile_default(self, spec: Spec) -> tuple[Future[Compiled], ...]:
+        """All that the measuring process runs before the first other candidate: setup, length, cases."""
+        default = spec.companions[spec.template]
+        setup, length, cases = (self.pool.submit(spec, default, part) for part in get_args(Part))
+        return setup, length, cases
 
     def spec(self, template: Template, problem: Problem, won: Mapping[str, Won]) -> Spec:
         """With what is served of the other templates as companions; of ``template`` itself the default."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from sparsek_tune.kernel_templates.base import Config
 from sparsek_tune.problem import Device, Problem
@@ -112,6 +112,11 @@ class Spec(NamedTuple):
     problem: Problem
     device: Device
     companions: dict[str, Config]
+
+
+# Kernels of a candidate: what the measuring process runs before it, whichever it is; what is timed; what it is verified
+# with on small problems.
+Part = Literal["setup", "length", "cases"]
 
 
 class Kernel(NamedTuple):

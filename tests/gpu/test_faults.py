@@ -11,9 +11,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
+from triton import knobs
 
 sys.path.append(str(Path(__file__).parents[1] / "tune"))  # for the workers too
 
@@ -24,10 +26,10 @@ from sparsek_tune.problem import Problem, current_device
 from sparsek_tune.tune import EFFORTS, types
 from sparsek_tune.tune.bench import Bench
 from sparsek_tune.tune.channel import CallFailed
-from sparsek_tune.tune.compile import CompilePool
+from sparsek_tune.tune.pool import CompilePool
 from sparsek_tune.tune.stage import FACTORY
 from sparsek_tune.tune.tuner import tune
-from sparsek_tune.tune.types import Spec
+from sparsek_tune.tune.types import Part, Spec
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -81,7 +83,7 @@ def test_a_killed_run_leaves_nothing_on_the_gpu(tmp_path):
 import faults, sys
 from sparsek_tune.problem import current_device
 from sparsek_tune.tune.bench import Bench
-from sparsek_tune.tune.types import Spec
+from sparsek_tune.tune.types import Part, Spec
 from sparsek_tune.kernel_templates.base import Config
 import failing_kernels as f
 Bench(f.FACTORY, timeout=300.0).verify(Spec("fake", f.PROBLEM, current_device(), {}), Config(tile=32, fault="hang"))
@@ -117,9 +119,22 @@ def specs():
     defaults = {n: t.default(problem, device) for n, t in TEMPLATES.items()}
     found = {name: Spec(name, problem, device, defaults) for name in TEMPLATES}
     with CompilePool(FACTORY, timeout=300.0) as pool:
-        compiled = [pool.submit(spec, defaults[name]) for name, spec in found.items()]
-        assert [c.result().status for c in compiled] == ["ok"] * len(found)
+        compiled = [pool.submit(found[name], defaults[name], part) for name in found for part in get_args(Part)]
+        assert {c.result().status for c in compiled} == {"ok"}
     return found
+
+
+def cubins():
+    return set(Path(knobs.cache.dir).rglob("*.cubin"))
+
+
+def test_what_the_pool_compiles_is_all_that_the_measuring_process_runs(specs):
+    before = cubins()
+    with Bench(FACTORY, timeout=120.0) as bench:
+        for name, spec in specs.items():
+            assert bench.verify(spec, spec.companions[name]) is None
+            assert bench.measure(spec, spec.companions[name], 0.02, float("inf")).median > 0
+            assert cubins() == before, name
 
 
 def test_the_real_kernels_write_nothing_but_their_own(specs):

@@ -13,7 +13,7 @@ from sparsek_tune.simulate import plot
 from sparsek_tune.simulate.pruning import pruning
 from sparsek_tune.simulate.replay import Step
 from sparsek_tune.simulate.results import after, at, chosen, quartiles, reached, result, summary
-from sparsek_tune.tune.compile import MOST_STACK
+from sparsek_tune.tune.cubin import MOST_STACK
 
 C = Config(a=1)
 

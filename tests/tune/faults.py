@@ -58,8 +58,20 @@ class Stage:
             raise RuntimeError("CUDA error: no CUDA-capable device is detected")
         log(f"{self.mode} {self.spec.template} {os.getpid()}")
 
-    def compile(self, config, cases=False):
-        if config["fault"] == ("compile error of small problems" if cases else "compile error at length"):
+    def pending(self, config, part="length"):
+        """Three kernels, two of which all candidates have."""
+        seconds = {"kernels": 0.2, "slow kernels": 0.5, "a kernel hangs": 600}.get(config["fault"])
+        keys = [] if seconds is None or part != "length" else ["every", "all", f"of-{config['tile']}"]
+        return {key: lambda key=key: self._compile_kernel(key, seconds) for key in keys}
+
+    def _compile_kernel(self, key, seconds):
+        log(f"kernel {key} {os.getpid()}")
+        time.sleep(seconds if seconds < 600 or key == "all" else 0)
+
+    def compile(self, config, part="length"):
+        if part == "setup":
+            return []
+        if config["fault"] == f"compile error of {part}":
             raise ValueError("no such instruction")
         print("garbage of a compiler " * 1000)
         match "" if os.environ.get("FAULTS_HEALED") else config["fault"]:

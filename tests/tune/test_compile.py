@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +11,13 @@ from pathlib import Path
 import faults
 import pytest
 import torch
-from triton.runtime._async_compile import active_mode
 
 from sparsek_tune.kernel_templates import TEMPLATES
 from sparsek_tune.kernel_templates.base import Config
 from sparsek_tune.problem import Problem, target_device
-from sparsek_tune.tune.compile import MOST_STACK, CompilePool, infeasible, kernels_of, side_by_side, use_target
-from sparsek_tune.tune.cubin import resources
+from sparsek_tune.tune.compile import kernels_of, later, pending, use_target
+from sparsek_tune.tune.cubin import MOST_STACK, infeasible, resources
+from sparsek_tune.tune.pool import CompilePool, settled
 from sparsek_tune.tune.stage import FACTORY
 from sparsek_tune.tune.types import Kernel, Spec
 
@@ -105,32 +104,84 @@ def test_the_pool_compiles_real_candidates_for_a_target_without_a_gpu(capfd):
     assert capfd.readouterr().out == ""
 
 
-def test_a_candidate_is_two_halves_and_both_must_do():
+def test_the_parts_of_a_candidate_are_compiled_apart_and_all_must_do():
     with CompilePool(faults.FACTORY, jobs=2) as pool:
-        for fault in ("compile error of small problems", "compile error at length"):
-            config = Config(tile=16, fault=fault)
-            assert pool.submit(SPEC, config).result().status == "compile"
-            timed = pool.submit(SPEC, config, cases=False).result()
-            assert timed.status == ("ok" if "small" in fault else "compile")
+        for fault in ("compile error of cases", "compile error of length"):
+            parts = [pool.submit(SPEC, Config(tile=16, fault=fault), part) for part in ("length", "cases")]
+            assert [p.result().status == "ok" for p in parts] == ["cases" in fault, "length" in fault]
+            assert settled(parts).status == "compile" and "no such instruction" in settled(parts).reason
         spills = pool.submit(SPEC, Config(tile=16, fault="spills")).result()
-    assert spills.status == "infeasible" and spills.seconds > 0
+        assert spills.status == "infeasible" and spills.seconds > 0
+        assert pool.submit(SPEC, Config(tile=16, fault="spills"), "cases").result().status == "ok"  # not to be timed
 
 
-def test_threads_compile_what_one_would_and_errors_come_with_the_result():
-    class Compiled:
-        def __init__(self, key):
-            if key == "bad":
-                raise ValueError("no such instruction")
-            self.key, self.thread = key, threading.get_ident()
+@pytest.fixture
+def log(tmp_path, monkeypatch):
+    """Lines of ``faults.log``."""
+    path = tmp_path / "log"
+    path.touch()
+    monkeypatch.setenv("FAULTS_LOG", str(path))
+    return lambda: path.read_text().splitlines()
 
-    def compile(key):
-        return active_mode.get().submit(key, lambda: Compiled(key), lambda kernel: None)
 
-    with side_by_side():
-        futures = [compile(key) for key in ("a", "b", "bad", "a")]
-    assert [f.result().key for f in (futures[0], futures[1], futures[3])] == ["a", "b", "a"]
-    assert futures[0].result().thread != threading.get_ident()
-    with pytest.raises(ValueError, match="no such instruction"):
-        futures[2].result()
-    with side_by_side():  # an error leaves nothing behind
-        pass
+def test_a_kernel_that_candidates_share_is_compiled_once_and_by_any_process(log):
+    """Four candidates of three kernels, two of which all of them have."""
+    with CompilePool(faults.FACTORY, jobs=2) as pool:
+        futures = [pool.submit(SPEC, Config(tile=tile, fault="kernels")) for tile in (16, 32, 64, 128)]
+        assert pool.submit(SPEC, Config(tile=16, fault="kernels")) is futures[0]
+        assert [f.result().status for f in futures] == ["ok"] * 4
+    lines = [line.split() for line in log() if line.startswith("kernel ")]
+    assert sorted(key for _, key, _ in lines) == ["all", "every", "of-128", "of-16", "of-32", "of-64"]
+    assert len({pid for _, _, pid in lines}) == 2
+
+
+def test_a_kernel_that_does_not_compile_fails_all_that_have_it_and_is_not_tried_again(log):
+    with CompilePool(faults.FACTORY, jobs=2, timeout=1.0) as pool:
+        found = [pool.submit(SPEC, Config(tile=tile, fault="a kernel hangs")).result() for tile in (16, 32)]
+        good = pool.submit(SPEC, Config(tile=16, fault="none")).result()
+    assert [f.status for f in found] == ["timeout", "timeout"] and found[1].seconds < 0.9 and good.status == "ok"
+    assert sum(line.startswith("kernel all") for line in log()) == 1
+
+
+def test_what_is_cancelled_is_not_compiled_but_what_others_need_of_it_is(log):
+    with CompilePool(faults.FACTORY, jobs=1) as pool:
+        first, second, third = (pool.submit(SPEC, Config(tile=t, fault="slow kernels")) for t in (16, 32, 64))
+        while not any("kernel" in line for line in log()):
+            time.sleep(0.01)
+        assert first.cancel() and third.cancel()
+        assert second.result().status == "ok"
+        assert pool.submit(SPEC, Config(tile=16, fault="slow kernels")).result().status == "ok"  # asked for again
+    keys = [line.split()[1] for line in log() if line.startswith("kernel ")]
+    assert sorted(keys) == ["all", "every", "of-16", "of-32"] and keys[-1] == "of-16"
+
+
+def test_candidates_that_were_submitted_first_are_done_first():
+    done = []
+    with CompilePool(faults.FACTORY, jobs=2) as pool:
+        for tile in (16, 32, 64, 128):
+            pool.submit(SPEC, Config(tile=tile, fault="slow kernels")).add_done_callback(
+                lambda _, t=tile: done.append(t)
+            )
+        while len(done) < 4:
+            time.sleep(0.01)
+    assert done[0] == 16 and done[-1] == 128
+
+
+@pytest.mark.compile90
+def test_kernels_that_are_put_off_are_listed_and_compiled_when_asked_for(tmp_path, monkeypatch):
+    from compiled import product
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    use_target(H100)
+    with later():
+        one, again, other = (
+            product.warmup(*[torch.float32] * 3, TILE=tile, grid=(1,), num_warps=1) for tile in (16, 16, 32)
+        )
+    found = pending([one, again, other])
+    assert len(found) == 2
+    assert not list(tmp_path.rglob("*.cubin"))
+    found[one.future.key]()
+    assert len(list(tmp_path.rglob("*.cubin"))) == 1
+    assert pending([one, again, other]) == {other.future.key: other.result}
+    assert [k.name for k in kernels_of([one, other])] == ["product", "product"]
+    assert len(list(tmp_path.rglob("*.cubin"))) == 2

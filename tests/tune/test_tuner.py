@@ -15,8 +15,8 @@ from sparsek_tune.db import reader
 from sparsek_tune.db.reader import Winners
 from sparsek_tune.db.store import Measured, Store
 from sparsek_tune.kernel_templates.base import Config
-from sparsek_tune.tune import EFFORTS, types
-from sparsek_tune.tune.compile import CompilePool
+from sparsek_tune.tune import EFFORTS, search, types
+from sparsek_tune.tune.pool import CompilePool
 from sparsek_tune.tune.tuner import tune
 
 TINY = types.Effort(40, 60.0, 0.01, 3, 0.01, 4, 2, timeout=3.0)
@@ -301,26 +301,40 @@ def test_no_process_outlives_a_run(store, monkeypatch, tmp_path):
 
 @pytest.fixture
 def submitted(monkeypatch):
-    """What was given to the compile pool, in order: (template, config, cases)."""
+    """What was given to the compile pool, in order: (template, config, part)."""
     seen, real = [], CompilePool.submit
 
-    def spy(self, spec, config, cases=True):
-        seen.append((spec.template, config, cases))
-        return real(self, spec, config, cases)
+    def spy(self, spec, config, part="length"):
+        seen.append((spec.template, config, part))
+        return real(self, spec, config, part)
 
     monkeypatch.setattr(CompilePool, "submit", spy)
     return seen
 
 
-def test_what_searches_begin_with_is_compiled_first_and_once(store, submitted):
+def test_what_searches_begin_with_is_compiled_first(store, submitted):
     one, two = faults.template("one", tiles=(16, 1024)), faults.template("two", tiles=(16, 1024))
-    go(store, one, two, kernels=["one"])
-    submitted.clear()
-    go(store, one, two, problems=[faults.PROBLEM._replace(n=2048)])
-    default, best = Config(tile=32, fault="none"), Config(tile=1024, fault="none")
-    assert submitted[:3] == [("one", default, True), ("one", best, True), ("two", default, True)]
-    timed = [(name, config) for name, config, cases in submitted if not cases]
-    assert len(set(timed)) == len(timed) and ("one", best) not in timed and ("one", default) not in timed
+    go(store, one, two)
+    default, parts = Config(tile=32, fault="none"), ("setup", "length", "cases")
+    assert submitted[:6] == [(name, default, part) for name in ("one", "two") for part in parts]
+
+
+def test_compilers_without_work_prepare_the_end_of_a_search_and_the_next_one(store, submitted, monkeypatch):
+    """Finalists are compiled for the small problems, and what comes next beside the best so far, before the race."""
+    from sparsek_tune.tune.bench import Bench
+
+    before: list = []
+    real = Bench.race
+
+    def race(self, *arguments):
+        before.append(list(submitted))
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Bench, "race", race)
+    one, two = faults.template("one", tiles=(16, 128)), faults.template("two", tiles=(16, 128))
+    go(store, one, two)
+    assert ("one", Config(tile=128, fault="none"), "cases") in before[0]
+    assert before[0].count(("two", Config(tile=32, fault="none"), "setup")) > 1
 
 
 def test_what_is_shipped_is_tried_and_stands_beside_others(store, companions, monkeypatch):
@@ -351,12 +365,8 @@ def test_what_no_gpu_has_run_does_not_stand_beside_a_gpus_kernels(store, compani
 def test_a_config_that_would_not_be_compiled_in_time_is_not_asked_for(store, monkeypatch):
     """The default takes long to compile: no time is left for what takes as long again."""
     monkeypatch.setitem(EFFORTS, "tiny", dataclasses.replace(TINY, seconds=6.0))
-    real = CompilePool._compile
-
-    def slow(self, *arguments):
-        return real(self, *arguments)._replace(seconds=3600.0)
-
-    monkeypatch.setattr(CompilePool, "_compile", slow)
+    real = search.settled
+    monkeypatch.setattr(search, "settled", lambda parts: real(parts)._replace(seconds=3600.0))
     (row,) = go(store, faults.template())
     assert row.tried == 1 and row.config == Config(tile=32, fault="none")
 

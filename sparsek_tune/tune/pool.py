@@ -1,0 +1,211 @@
+"""The parent's side of compiling: candidates go in, their kernels are spread over GPU-blind processes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from functools import partial
+from queue import PriorityQueue
+from threading import Lock, Thread
+from typing import Any, NamedTuple
+
+from sparsek_tune.kernel_templates.base import Config
+from sparsek_tune.tune.channel import Worker, WorkerError
+from sparsek_tune.tune.cubin import infeasible
+from sparsek_tune.tune.types import Kernel, Part, Spec
+
+_PREPARE_TIMEOUT = 300.0  # seconds to set a stage up and list the kernels of a candidate
+_BYTES_PER_COMPILE = 1 << 30  # memory that one compile may take
+
+
+class Compiled(NamedTuple):
+    """The outcome for one candidate: status "ok", "infeasible", "compile" or "timeout"; the reason where not ok; the
+    seconds that it took, from the first process that had to do with it."""
+
+    status: str
+    reason: str
+    kernels: tuple[Kernel, ...] = ()
+    seconds: float = 0.0
+
+
+class _Job:
+    """A candidate on its way. missing: keys of its kernels that are still to be compiled."""
+
+    def __init__(self, number: int, spec: Spec, config: Config, part: Part) -> None:
+        self.number, self.spec, self.part = number, spec, part
+        self.asked = (spec, config, part)
+        self.future: Future[Compiled] = Future()
+        self.missing: set[str] = set()
+        self._began = 0.0
+
+    def begin(self) -> None:
+        self._began = time.monotonic()
+
+    def settle(self, status: str, reason: str = "", kernels: tuple[Kernel, ...] = ()) -> None:
+        if self._claim():
+            self.future.set_result(Compiled(status, reason, kernels, time.monotonic() - self._began))
+
+    def fail(self, error: BaseException) -> None:
+        """As ``settle``; what is no WorkerError is raised by the future."""
+        if isinstance(error, WorkerError):
+            self.settle("compile" if error.status == "runtime" else error.status, str(error))
+        elif self._claim():
+            self.future.set_exception(error)
+
+    def _claim(self) -> bool:
+        return not self.future.done() and self.future.set_running_or_notify_cancel()
+
+
+class _Kernel:
+    """A kernel, and the candidates that it belongs to."""
+
+    def __init__(self) -> None:
+        self.jobs: list[_Job] = []
+        self.done = False
+        self.error: BaseException | None = None
+
+
+class CompilePool:
+    """Processes that compile candidates; ``submit`` gives a Future of a Compiled, which raises nothing but MachineError
+    and can be cancelled until it is done.
+
+    The kernels of a candidate are compiled by several processes at once, one that several candidates have is compiled
+    once, and who was submitted earlier goes first. factory: "module:function" of the stages; timeout: seconds for one
+    kernel.
+    """
+
+    def __init__(self, factory: str, jobs: int | None = None, timeout: float = 60.0) -> None:
+        self.jobs = jobs or default_jobs()
+        self._timeout = timeout
+        # GPU-blind: a compile must never create a CUDA context, and meta tensors need none.
+        env = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+        service = "sparsek_tune.tune.compile:CompileService"
+        self._workers = [Worker(service, factory, env=env) for _ in range(self.jobs)]
+        self._threads = [Thread(target=self._serve, args=(w,), name="compile", daemon=True) for w in self._workers]
+        self._tasks: PriorityQueue[tuple[int, int, Callable[[Worker], None] | None]] = PriorityQueue()
+        self._count = itertools.count()
+        self._lock = Lock()  # of all below, and of the jobs
+        self._jobs: dict[Any, _Job] = {}
+        self._kernels: dict[str, _Kernel] = {}
+        self._closed = False
+        for thread in self._threads:
+            thread.start()
+
+    def __enter__(self) -> CompilePool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Start the processes, each of which otherwise starts when it is needed; does not wait for them."""
+        for worker in self._workers:
+            worker.start()
+
+    def submit(self, spec: Spec, config: Config, part: Part = "length") -> Future[Compiled]:
+        """part: what of it, see ``Stage.compile``. What was submitted before and not cancelled is not done again."""
+        key = (spec._replace(companions=tuple(sorted(spec.companions.items()))), config, part)  # type: ignore
+        with self._lock:
+            job = self._jobs.get(key)
+            if job is None or job.future.cancelled():
+                job = self._jobs[key] = _Job(next(self._count), spec, config, part)
+                if self._closed:
+                    job.future.cancel()
+                self._put(job, partial(self._list, job))
+        return job.future
+
+    def close(self) -> None:
+        """Kill the processes; futures that are not done are cancelled."""
+        with self._lock:
+            self._closed = True
+            for job in self._jobs.values():
+                job.future.cancel()
+            for _ in self._threads:
+                self._tasks.put((-1, next(self._count), None))
+        for worker in self._workers:
+            worker.close()
+        for thread in self._threads:
+            thread.join()
+
+    def _put(self, job: _Job, task: Callable[[Worker], None]) -> None:
+        self._tasks.put((job.number, next(self._count), task))
+
+    def _serve(self, worker: Worker) -> None:
+        while (task := self._tasks.get()[2]) is not None:
+            task(worker)
+
+    def _list(self, job: _Job, worker: Worker) -> None:
+        """Have compiled what of a candidate is not compiled yet."""
+        if job.future.done():
+            return
+        job.begin()
+        try:
+            keys = worker.call("pending", *job.asked, timeout=_PREPARE_TIMEOUT)
+        except BaseException as error:
+            job.fail(error)
+            return
+        with self._lock:
+            kernels = {key: self._kernels.setdefault(key, _Kernel()) for key in keys}
+            job.missing = {key for key, kernel in kernels.items() if not kernel.done}
+            for key in job.missing:
+                kernels[key].jobs.append(job)
+                if len(kernels[key].jobs) == 1:
+                    self._put(job, partial(self._compile, key))
+        if errors := [k.error for k in kernels.values() if k.error is not None]:
+            job.fail(errors[0])
+        elif not job.missing:
+            self._finish(job, worker)
+
+    def _compile(self, key: str, worker: Worker) -> None:
+        """Compile a kernel, unless nobody waits for it any more."""
+        kernel = self._kernels[key]
+        with self._lock:
+            lead = next((job for job in kernel.jobs if not job.future.done()), None)
+            if lead is None:
+                del self._kernels[key]
+                return
+        try:
+            worker.call("compile_kernel", *lead.asked, key, timeout=self._timeout)
+        except BaseException as error:
+            kernel.error = error
+        with self._lock:
+            kernel.done = True
+            for job in kernel.jobs:
+                job.missing.discard(key)
+            ready = [job for job in kernel.jobs if not job.missing]
+        for job in kernel.jobs if kernel.error else ready:
+            if kernel.error is not None:
+                job.fail(kernel.error)
+            else:
+                self._put(job, partial(self._finish, job))
+
+    def _finish(self, job: _Job, worker: Worker) -> None:
+        """Look at what the kernels of a candidate take."""
+        if job.future.done():
+            return
+        try:
+            kernels = tuple(worker.call("compile", *job.asked, timeout=self._timeout))
+        except BaseException as error:
+            job.fail(error)
+            return
+        reason = infeasible(kernels, job.spec.device) if job.part == "length" else None
+        job.settle("infeasible" if reason else "ok", reason or "", kernels)
+
+
+def settled(parts: Iterable[Future[Compiled]]) -> Compiled:
+    """Of the parts of a candidate the first that is not ok, if there is one, when all are done."""
+    done = [future.result() for future in parts]
+    return next((compiled for compiled in done if compiled.status != "ok"), done[0])
+
+
+def default_jobs(pools: int = 1) -> int:
+    """For each of so many pools: one process per CPU that we may use, as far as memory goes, at most 16."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        memory = 8 << 30
+    return max(1, min(min(cpus, memory // _BYTES_PER_COMPILE) // pools, 16))
