@@ -69,10 +69,13 @@ def run_command(
     from sparsek_tune.crew import Crew
     from sparsek_tune.db.store import Store
     from sparsek_tune.events import EventLines
+    from sparsek_tune.tune import forkserver
     from sparsek_tune.tune.pool import default_jobs
+    from sparsek_tune.tune.stage import FACTORY
 
     with EventLines(sys.stdout if as_lines else None) as lines:
         problems = _problems(models, texts, captures)
+        forkserver.start_early(FACTORY)  # imports torch while this process does
         if target is not None and index is not None:
             raise click.UsageError("--target and --device exclude each other")
         if gpus is not None and (target is not None or index is not None):
@@ -131,11 +134,13 @@ def worker_command(
     from sparsek_tune.db.store import Store
     from sparsek_tune.display import progress
     from sparsek_tune.events import EventLines
-    from sparsek_tune.tune import join
+    from sparsek_tune.tune import forkserver, join
+    from sparsek_tune.tune.stage import FACTORY
     from sparsek_tune.tune.studies import StudiesError
 
     if suite is not None:
         die_with_parent()
+        forkserver.start_early(FACTORY)  # there is work
     with EventLines(sys.stdout if as_lines else None) as lines:
         if target is not None and index is not None:
             raise click.UsageError("--target and --device exclude each other")

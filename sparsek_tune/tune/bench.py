@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from sparsek_tune.kernel_templates.base import Config
 from sparsek_tune.tune.channel import MachineError, Worker, WorkerError
+from sparsek_tune.tune.forkserver import ForkServer
 from sparsek_tune.tune.measure import Estimate, measure, race
 from sparsek_tune.tune.stage import Stage, StageCache
 from sparsek_tune.tune.types import Spec
@@ -48,13 +49,16 @@ class BenchService:
 class Bench:
     """The parent's side of :class:`BenchService`, in one worker process. Every call may raise ``channel.WorkerError``,
     and the next one finds a fresh process where that was needed; or ``channel.MachineError``. mode: "measure" or
-    "interpret". timeout: seconds to verify one candidate, and to time it on top of the sampling itself."""
+    "interpret". timeout: seconds to verify one candidate, and to time it on top of the sampling itself. server: forks
+    the process."""
 
-    def __init__(self, factory: str, mode: str = "measure", timeout: float = 60.0) -> None:
+    def __init__(
+        self, factory: str, mode: str = "measure", timeout: float = 60.0, server: ForkServer | None = None
+    ) -> None:
         env = {"TRITON_INTERPRET": "0"}
-        if mode == "interpret":
-            env = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        self._worker = Worker("sparsek_tune.tune.bench:BenchService", factory, mode, env=env)
+        if mode == "interpret":  # which Triton decides when it is imported: not in a server's process
+            env, server = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}, None
+        self._worker = Worker("sparsek_tune.tune.bench:BenchService", factory, mode, env=env, server=server)
         self._timeout = timeout
         self._ready: Spec | None = None
 

@@ -20,6 +20,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from sparsek_tune.tune.forkserver import Forked, ForkServer
+
 HEADER = struct.Struct("<Q")
 STARTUP_SECONDS = 180.0  # a cold import of torch and the creation of a CUDA context
 DEATH_SECONDS = 30.0  # a killed process is gone at once, unless it hangs in the GPU's driver
@@ -60,12 +62,15 @@ class Worker:
     """One worker process, started on the first call or by :meth:`start`. Not for use by two threads at once.
 
     service: "module:attribute" that the worker calls once, with ``arguments`` (picklable), to get the object whose
-    methods are called. env: environment variables on top of this process's.
+    methods are called. env: environment variables on top of this process's. server: forks the process, instead of its
+    being started from nothing.
     """
 
-    def __init__(self, service: str, *arguments: Any, env: Mapping[str, str] | None = None) -> None:
-        self._service, self._arguments, self._env = service, arguments, dict(env or {})
-        self._process: subprocess.Popen[bytes] | None = None
+    def __init__(
+        self, service: str, *arguments: Any, env: Mapping[str, str] | None = None, server: ForkServer | None = None
+    ) -> None:
+        self._service, self._arguments, self._env, self._server = service, arguments, dict(env or {}), server
+        self._process: subprocess.Popen[bytes] | Forked | None = None
         self._closed = self._serving = False
         self._busy = threading.Lock()  # held during a call
 
@@ -81,10 +86,16 @@ class Worker:
         return self._process.pid if self._process else None
 
     def start(self) -> None:
-        """Start the process now, and do not wait for it: whether it could set itself up shows in the first call."""
-        with self._busy, contextlib.suppress(WorkerError):
-            if self._process is None:
-                self._start()
+        """Start the process now, and do not wait for it: whether it could set itself up shows in the first call. During
+        a call there is nothing to do."""
+        if self._busy.acquire(blocking=False):
+            try:
+                if self._process is None:
+                    self._start()
+            except WorkerError:
+                pass
+            finally:
+                self._busy.release()
 
     def call(self, method: str, *arguments: Any, timeout: float) -> Any:
         """The result of ``method(*arguments)`` in the worker. timeout: seconds, on top of the start of a new process.
@@ -144,19 +155,9 @@ class Worker:
     def _start(self) -> None:
         if self._closed:
             raise WorkerDied("the run is over")
-        # -P: the user's working directory must not shadow a module. Our own path goes along, so that the worker imports
-        # what this process would.
-        path = os.pathsep.join(os.path.abspath(p) for p in sys.path)
         try:
             self._log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "sparsek_tune.tune.worker", self._service],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._log,
-                env={**os.environ, "PYTHONPATH": path, **self._env},
-                start_new_session=True,  # Ctrl-C reaches the parent alone; killpg reaches ptxas too
-            )
+            self._process = self._launch()
         except OSError as error:
             raise MachineError(f"a worker process cannot be started: {error}") from error
         if self._closed:  # meanwhile, by another thread, which did not see this process
@@ -167,6 +168,22 @@ class Worker:
         except BaseException:
             self.kill()
             raise
+
+    def _launch(self) -> subprocess.Popen[bytes] | Forked:
+        # Our own path goes along, so that the worker imports what this process would.
+        path = os.pathsep.join(os.path.abspath(p) for p in sys.path)
+        env = {**os.environ, "PYTHONPATH": path, **self._env}
+        if self._server is not None:
+            return self._server.popen(self._service, env, self._log)
+        return subprocess.Popen(
+            # -P: the user's working directory must not shadow a module.
+            [sys.executable, "-P", "-m", "sparsek_tune.tune.worker", self._service],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=env,
+            start_new_session=True,  # Ctrl-C reaches the parent alone; killpg reaches ptxas too
+        )
 
     def _wait_for_start(self) -> None:
         try:
@@ -223,7 +240,7 @@ class Worker:
         return f"the worker died ({how})" + (f": {lines[-1][:300]}" if lines else "")
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    if process.returncode is None:  # else its number may be another's
+def _kill_group(process: subprocess.Popen[bytes] | Forked) -> None:
+    if process.poll() is None:  # else its number may be another's
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -6,15 +6,17 @@ in its on-disk cache, from where the measuring process loads it.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 from sparsek_tune.kernel_templates.base import Config
 from sparsek_tune.problem import Device
 from sparsek_tune.tune.cubin import REGISTERS, resources
-from sparsek_tune.tune.stage import Stage, StageCache
+from sparsek_tune.tune.stage import StageCache
 from sparsek_tune.tune.types import Kernel, Part, Spec
 
 _NICE = 10  # the measuring process, which has little to do on the CPU, goes first
@@ -27,29 +29,21 @@ class CompileService:
         os.nice(_NICE)
         self._stages = StageCache(factory, "compile")
         self._asked: tuple[Spec, Config, Part] | None = None
-        self._pending: Mapping[str, Callable[[], Any]] = {}
+        self._kernels: Mapping[str, Callable[[], Kernel]] = {}
 
-    def pending(self, spec: Spec, config: Config, part: Part) -> list[str]:
-        """Keys of the kernels that this process has not compiled yet; equal in all processes."""
+    def kernels(self, spec: Spec, config: Config, part: Part) -> list[str]:
+        """Keys of the kernels of a candidate, equal in all processes."""
         if self._asked != (spec, config, part):
             self._asked = None
-            self._pending = self._stage(spec).pending(config, part)
+            use_target(spec.device)
+            self._kernels = self._stages.get(spec).kernels(config, part)
             self._asked = (spec, config, part)
-        return list(self._pending)
+        return list(self._kernels)
 
-    def compile_kernel(self, spec: Spec, config: Config, part: Part, key: str) -> None:
+    def compile(self, spec: Spec, config: Config, part: Part, key: str) -> Kernel:
         """Compile one of the candidate's kernels, and leave it in Triton's cache."""
-        self.pending(spec, config, part)
-        if key in self._pending:
-            self._pending[key]()
-
-    def compile(self, spec: Spec, config: Config, part: Part) -> list[Kernel]:
-        """Of all its kernels, compiled here or found in Triton's cache."""
-        return self._stage(spec).compile(config, part)
-
-    def _stage(self, spec: Spec) -> Stage:
-        use_target(spec.device)
-        return self._stages.get(spec)
+        self.kernels(spec, config, part)
+        return self._kernels[key]()
 
 
 @contextmanager
@@ -95,21 +89,22 @@ def _with_launcher(compiled: Any) -> Any:
     return compiled
 
 
-def pending(kernels: Sequence[Any]) -> dict[str, Callable[[], Any]]:
-    """Of Triton's kernels those that :func:`later` has put off and that are not compiled yet."""
-    from triton.runtime._async_compile import FutureKernel
-
-    return {k.future.key: k.result for k in kernels if isinstance(k, FutureKernel) and k.kernel is None}  # type: ignore
+def kernels_of(launched: Sequence[Any]) -> dict[str, Callable[[], Kernel]]:
+    """By key, what compiles each of Triton's kernels where :func:`later` has put that off, and tells its resources."""
+    return {_hash(kernel): partial(_resources, kernel) for kernel in launched}
 
 
-def kernels_of(compiled: Sequence[Any]) -> list[Kernel]:
-    """The resources of Triton's CompiledKernel objects, or of those that :func:`later` has put off."""
-    found = []
-    for c in compiled:
-        c = c.result() if hasattr(c, "result") else c
-        r = resources(c.asm["cubin"])
-        found.append(Kernel(c.metadata.name, r.registers, r.stack, c.metadata.shared, c.metadata.num_warps))
-    return found
+def _hash(kernel: Any) -> str:
+    """Triton's, of a CompiledKernel or of what is still to be one."""
+    future = vars(kernel).get("future")
+    return kernel.hash if future is None else hashlib.sha256(future.key.encode()).hexdigest()
+
+
+def _resources(kernel: Any) -> Kernel:
+    compiled = kernel.result() if "future" in vars(kernel) else kernel
+    r = resources(compiled.asm["cubin"])
+    m = compiled.metadata
+    return Kernel(m.name, r.registers, r.stack, m.shared, m.num_warps)
 
 
 def use_target(device: Device) -> None:

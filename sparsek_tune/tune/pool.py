@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from functools import partial
 from queue import PriorityQueue
-from threading import Lock, Thread
+from threading import RLock, Thread
 from typing import Any, NamedTuple
 
 from sparsek_tune.kernel_templates.base import Config
 from sparsek_tune.tune.channel import Worker, WorkerError
 from sparsek_tune.tune.cubin import infeasible
+from sparsek_tune.tune.forkserver import ForkServer
 from sparsek_tune.tune.types import Kernel, Part, Spec
 
 _PREPARE_TIMEOUT = 300.0  # seconds to set a stage up and list the kernels of a candidate
@@ -32,39 +33,48 @@ class Compiled(NamedTuple):
 
 
 class _Job:
-    """A candidate on its way. missing: keys of its kernels that are still to be compiled."""
+    """A candidate on its way."""
 
     def __init__(self, number: int, spec: Spec, config: Config, part: Part) -> None:
         self.number, self.spec, self.part = number, spec, part
         self.asked = (spec, config, part)
         self.future: Future[Compiled] = Future()
-        self.missing: set[str] = set()
+        self.kernels: list[_Kernel] = []
         self._began = 0.0
 
     def begin(self) -> None:
         self._began = time.monotonic()
 
-    def settle(self, status: str, reason: str = "", kernels: tuple[Kernel, ...] = ()) -> None:
-        if self._claim():
-            self.future.set_result(Compiled(status, reason, kernels, time.monotonic() - self._began))
+    def settle(self) -> None:
+        """The end, where all its kernels are done."""
+        if error := next((k.error for k in self.kernels if k.error is not None), None):
+            self.fail(error)
+        elif all(k.compiled for k in self.kernels):
+            kernels = tuple(k.compiled for k in self.kernels if k.compiled)
+            reason = infeasible(kernels, self.spec.device) if self.part == "length" else None
+            self._end("infeasible" if reason else "ok", reason or "", kernels)
 
     def fail(self, error: BaseException) -> None:
         """As ``settle``; what is no WorkerError is raised by the future."""
         if isinstance(error, WorkerError):
-            self.settle("compile" if error.status == "runtime" else error.status, str(error))
+            self._end("compile" if error.status == "runtime" else error.status, str(error))
         elif self._claim():
             self.future.set_exception(error)
+
+    def _end(self, status: str, reason: str, kernels: tuple[Kernel, ...] = ()) -> None:
+        if self._claim():
+            self.future.set_result(Compiled(status, reason, kernels, time.monotonic() - self._began))
 
     def _claim(self) -> bool:
         return not self.future.done() and self.future.set_running_or_notify_cancel()
 
 
 class _Kernel:
-    """A kernel, and the candidates that it belongs to."""
+    """A kernel, and the candidates that wait for it. compiled or error: once it is done."""
 
     def __init__(self) -> None:
         self.jobs: list[_Job] = []
-        self.done = False
+        self.compiled: Kernel | None = None
         self.error: BaseException | None = None
 
 
@@ -74,20 +84,22 @@ class CompilePool:
 
     The kernels of a candidate are compiled by several processes at once, one that several candidates have is compiled
     once, and who was submitted earlier goes first. factory: "module:function" of the stages; timeout: seconds for one
-    kernel.
+    kernel; server: forks the processes.
     """
 
-    def __init__(self, factory: str, jobs: int | None = None, timeout: float = 60.0) -> None:
+    def __init__(
+        self, factory: str, jobs: int | None = None, timeout: float = 60.0, server: ForkServer | None = None
+    ) -> None:
         self.jobs = jobs or default_jobs()
         self._timeout = timeout
         # GPU-blind: a compile must never create a CUDA context, and meta tensors need none.
         env = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
         service = "sparsek_tune.tune.compile:CompileService"
-        self._workers = [Worker(service, factory, env=env) for _ in range(self.jobs)]
+        self._workers = [Worker(service, factory, env=env, server=server) for _ in range(self.jobs)]
         self._threads = [Thread(target=self._serve, args=(w,), name="compile", daemon=True) for w in self._workers]
         self._tasks: PriorityQueue[tuple[int, int, Callable[[Worker], None] | None]] = PriorityQueue()
         self._count = itertools.count()
-        self._lock = Lock()  # of all below, and of the jobs
+        self._lock = RLock()  # of all below, and of the jobs
         self._jobs: dict[Any, _Job] = {}
         self._kernels: dict[str, _Kernel] = {}
         self._closed = False
@@ -143,56 +155,36 @@ class CompilePool:
             return
         job.begin()
         try:
-            keys = worker.call("pending", *job.asked, timeout=_PREPARE_TIMEOUT)
+            keys = worker.call("kernels", *job.asked, timeout=_PREPARE_TIMEOUT)
         except BaseException as error:
             job.fail(error)
             return
         with self._lock:
-            kernels = {key: self._kernels.setdefault(key, _Kernel()) for key in keys}
-            job.missing = {key for key, kernel in kernels.items() if not kernel.done}
-            for key in job.missing:
-                kernels[key].jobs.append(job)
-                if len(kernels[key].jobs) == 1:
+            for key in keys:
+                if key not in self._kernels:
+                    self._kernels[key] = _Kernel()
                     self._put(job, partial(self._compile, key))
-        if errors := [k.error for k in kernels.values() if k.error is not None]:
-            job.fail(errors[0])
-        elif not job.missing:
-            self._finish(job, worker)
+                self._kernels[key].jobs.append(job)
+                job.kernels.append(self._kernels[key])
+            job.settle()
 
     def _compile(self, key: str, worker: Worker) -> None:
         """Compile a kernel, unless nobody waits for it any more."""
-        kernel = self._kernels[key]
         with self._lock:
+            kernel = self._kernels[key]
             lead = next((job for job in kernel.jobs if not job.future.done()), None)
             if lead is None:
                 del self._kernels[key]
                 return
+        compiled = error = None
         try:
-            worker.call("compile_kernel", *lead.asked, key, timeout=self._timeout)
-        except BaseException as error:
-            kernel.error = error
+            compiled = worker.call("compile", *lead.asked, key, timeout=self._timeout)
+        except BaseException as e:
+            error = e
         with self._lock:
-            kernel.done = True
+            kernel.compiled, kernel.error = compiled, error
             for job in kernel.jobs:
-                job.missing.discard(key)
-            ready = [job for job in kernel.jobs if not job.missing]
-        for job in kernel.jobs if kernel.error else ready:
-            if kernel.error is not None:
-                job.fail(kernel.error)
-            else:
-                self._put(job, partial(self._finish, job))
-
-    def _finish(self, job: _Job, worker: Worker) -> None:
-        """Look at what the kernels of a candidate take."""
-        if job.future.done():
-            return
-        try:
-            kernels = tuple(worker.call("compile", *job.asked, timeout=self._timeout))
-        except BaseException as error:
-            job.fail(error)
-            return
-        reason = infeasible(kernels, job.spec.device) if job.part == "length" else None
-        job.settle("infeasible" if reason else "ok", reason or "", kernels)
+                job.settle()
 
 
 def settled(parts: Iterable[Future[Compiled]]) -> Compiled:

@@ -20,14 +20,12 @@ class Stage(Protocol):
         """Set up what all candidates share: inputs, results of the companions, reference results."""
         ...
 
-    def compile(self, config: Config, part: Part = "length") -> list[Kernel]:
-        """Compile kernels of the candidate and launch none. part: "length", what is timed; "cases", what ``verify``
-        runs on small problems; "setup", what the measuring process runs before any candidate."""
-        ...
+    def kernels(self, config: Config, part: Part) -> Mapping[str, Callable[[], Kernel]]:
+        """What compiles each kernel of the candidate, and launches none, by keys that are equal in all processes.
 
-    def pending(self, config: Config, part: Part = "length") -> Mapping[str, Callable[[], Any]]:
-        """By key, what compiles one of the kernels that ``compile`` would have to, each of which can be compiled
-        elsewhere; nothing, where ``compile`` is to do it all."""
+        part: "length", what is timed; "cases", what ``verify`` runs on small problems; "setup", what the measuring
+        process runs before any candidate.
+        """
         ...
 
     def verify(self, config: Config, cases: bool = True) -> str | None:

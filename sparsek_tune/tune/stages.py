@@ -19,7 +19,7 @@ from sparsek_tune.kernel_templates.base import Config
 from sparsek_tune.problem import Problem
 from sparsek_tune.reference import Selection
 from sparsek_tune.tune import sample
-from sparsek_tune.tune.compile import kernels_of, later, pending
+from sparsek_tune.tune.compile import kernels_of, later
 from sparsek_tune.tune.measure import CudaSampler, Sample
 from sparsek_tune.tune.redzone import SIZE, Fingerprint, redzones
 from sparsek_tune.tune.stage import Stage
@@ -213,11 +213,8 @@ class KernelStage:
             return
         _ = self._shared
 
-    def compile(self, config: Config, part: Part = "length") -> list[Kernel]:
+    def kernels(self, config: Config, part: Part) -> Mapping[str, Callable[[], Kernel]]:
         return kernels_of(self._launched(config, part))
-
-    def pending(self, config: Config, part: Part = "length") -> Mapping[str, Callable[[], Any]]:
-        return pending(self._launched(config, part))
 
     def _launched(self, config: Config, part: Part) -> list[Any]:
         """The kernels, as Triton would give them to a launch; none is compiled yet that no result was asked of."""
@@ -359,6 +356,15 @@ def _watched(run: Callable[[], dict[str, Tensor]], size: int = SIZE) -> dict[str
         results = run()
     zones.check(results)
     return results
+
+
+def preload() -> None:
+    """Import what only the first use imports, and hash Triton itself, before workers are forked."""
+    torch.empty_like(torch.empty(1, device="meta"))
+    with contextlib.suppress(ImportError):
+        from triton.runtime.cache import triton_key
+
+        triton_key()
 
 
 def warm_up(mode: str) -> None:

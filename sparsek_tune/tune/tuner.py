@@ -19,7 +19,7 @@ from sparsek_tune.db.store import Store
 from sparsek_tune.kernel_templates import TEMPLATES
 from sparsek_tune.kernel_templates.base import Config, Template
 from sparsek_tune.problem import Device, Problem, target_device
-from sparsek_tune.tune import static
+from sparsek_tune.tune import forkserver, static
 from sparsek_tune.tune.bench import Bench
 from sparsek_tune.tune.board import Board
 from sparsek_tune.tune.pace import Outlook, Shares
@@ -142,8 +142,9 @@ class Run:
         self.end = math.inf if until is None else time.monotonic() + until - time.time()
         self._outlook = Outlook(effort.seconds / len(templates), self.end)
         self._ahead: Sequence[Template] = ()  # to be tuned at the same problem, after the current one
-        self.pool = CompilePool(factory, jobs, timeout=effort.timeout)
-        self.bench = Bench(factory, "interpret" if device.static else "measure", effort.timeout)
+        self._server = forkserver.take(factory)
+        self.pool = CompilePool(factory, jobs, effort.timeout, self._server)
+        self.bench = Bench(factory, "interpret" if device.static else "measure", effort.timeout, self._server)
         # One thread, for one measuring process: the GPU works on while results are recorded and configs proposed.
         self.judge = ThreadPoolExecutor(1, thread_name_prefix="judge")
         self.verified: dict[tuple[str, Config, Problem], tuple[str, str]] = {}  # of static tuning
@@ -156,6 +157,7 @@ class Run:
             stack.callback(self.judge.shutdown)
             stack.callback(self.pool.close)
             stack.callback(self.bench.close)
+            stack.callback(self._server.close)
             stack.callback(self.judge.shutdown, wait=False, cancel_futures=True)
 
     def tune(

@@ -46,14 +46,17 @@ def classify(error: BaseException) -> tuple[str, bool]:
     return "runtime", out_of_memory or _STICKY.search(text) is not None
 
 
-def main() -> None:
+def main(name: str, parent: int) -> None:
+    """Serve the service called ``name``. parent: the id of the process that started this one."""
     die_with_parent()
+    if os.getppid() != parent:  # gone before it was asked
+        return
     # The protocol gets private descriptors; whatever prints to stdout (ptxas prints whole programs) goes to the log.
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    service = _answer(replies, lambda arguments: _load(sys.argv[1])(*arguments), _receive(requests), reply=False)
+    service = _answer(replies, lambda arguments: _load(name)(*arguments), _receive(requests), reply=False)
     while service is not None and (message := _receive(requests)) is not None:
         method, arguments = message
         _answer(replies, lambda a, m=method: getattr(service, m)(*a), arguments, reply=True)
@@ -96,4 +99,4 @@ def die_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1], os.getppid())

@@ -71,7 +71,7 @@ def compile_all(problem: Problem, **overrides: dict):
 )
 def test_defaults_compile_without_spilling(problem, tmp_path):
     compiled = compile_all(problem)
-    kernels = kernels_of(compiled)
+    kernels = [resources() for resources in kernels_of(compiled).values()]
     assert {"walk_kernel", "segments_kernel", "forward_kernel", "dq_kernel", "dkv_kernel", "reduce_kernel"} <= {
         k.name for k in kernels
     }
@@ -124,7 +124,8 @@ def test_main_shape_runs_on_wgmma():
     ids=["wide tiles", "long segments", "short stretches"],
 )
 def test_other_points_compile(overrides):
-    for kernel in kernels_of(compile_all(Problem.of("bf16", 128, 4, "kv", 512, 0, 8192, 8), **overrides)):
+    for resources in kernels_of(compile_all(Problem.of("bf16", 128, 4, "kv", 512, 0, 8192, 8), **overrides)).values():
+        kernel = resources()
         assert kernel.shared <= DEVICE.smem, kernel
         assert kernel.stack <= 2 * MOST_STACK["bf16"], kernel
 

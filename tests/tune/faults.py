@@ -58,19 +58,22 @@ class Stage:
             raise RuntimeError("CUDA error: no CUDA-capable device is detected")
         log(f"{self.mode} {self.spec.template} {os.getpid()}")
 
-    def pending(self, config, part="length"):
-        """Three kernels, two of which all candidates have."""
+    def kernels(self, config, part):
+        """One, or three of which all candidates have two."""
         seconds = {"kernels": 0.2, "slow kernels": 0.5, "a kernel hangs": 600}.get(config["fault"])
-        keys = [] if seconds is None or part != "length" else ["every", "all", f"of-{config['tile']}"]
-        return {key: lambda key=key: self._compile_kernel(key, seconds) for key in keys}
+        if part == "setup":
+            return {}
+        if seconds is None or part == "cases":
+            return {f"{part} {self.spec} {config.key}": lambda: self._compile(config, part)}
+        keys = ("every", "all", f"of-{config['tile']}")
+        return {key: lambda key=key: self._compile_one(key, seconds) for key in keys}
 
-    def _compile_kernel(self, key, seconds):
+    def _compile_one(self, key, seconds):
         log(f"kernel {key} {os.getpid()}")
         time.sleep(seconds if seconds < 600 or key == "all" else 0)
+        return Kernel(key, 64, 0, 1024, 4)
 
-    def compile(self, config, part="length"):
-        if part == "setup":
-            return []
+    def _compile(self, config, part):
         if config["fault"] == f"compile error of {part}":
             raise ValueError("no such instruction")
         print("garbage of a compiler " * 1000)
@@ -88,10 +91,10 @@ class Stage:
             case "compile crash":
                 os.kill(os.getpid(), signal.SIGABRT)
             case "spills":
-                return [Kernel("k", 255, 4096, 1024, 4)]
+                return Kernel("k", 255, 4096, 1024, 4)
             case "shared memory":
-                return [Kernel("k", 128, 0, 1 << 20, 4)]
-        return [Kernel("k", 64, 0, 1024, 4)]
+                return Kernel("k", 128, 0, 1 << 20, 4)
+        return Kernel("k", 64, 0, 1024, 4)
 
     def verify(self, config, cases=True):
         match config["fault"]:
@@ -167,6 +170,22 @@ class Echo:
 
     def unpicklable(self):
         return lambda: None
+
+    def environment(self, name):
+        return os.environ.get(name)
+
+    def modules(self):
+        return set(sys.modules)
+
+    def descriptors(self):
+        return {fd: os.readlink(f"/proc/self/fd/{fd}").split(":")[0] for fd in ("0", "1", "2")}
+
+    def exit(self):
+        os.write(2, b"last words\n")
+        os._exit(3)
+
+    def fault(self):
+        os.kill(os.getpid(), signal.SIGSEGV)
 
 
 class Slow(Echo):

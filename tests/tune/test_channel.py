@@ -17,12 +17,22 @@ from sparsek_tune.kernel_templates.base import Config
 from sparsek_tune.tune import channel
 from sparsek_tune.tune.bench import Bench
 from sparsek_tune.tune.channel import CallFailed, MachineError, Worker, WorkerDied, WorkerTimeout
+from sparsek_tune.tune.forkserver import ForkServer
 from sparsek_tune.tune.types import Spec
 
 
-@pytest.fixture
-def echo():
-    with Worker("faults:Echo", 1, "two") as worker:
+@pytest.fixture(scope="module")
+def server():
+    server = ForkServer("faults:Echo")
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=["started", "forked"])
+def echo(request):
+    """A worker, started from nothing or forked."""
+    server = request.getfixturevalue("server") if request.param == "forked" else None
+    with Worker("faults:Echo", 1, "two", server=server) as worker:
         yield worker
 
 
@@ -84,12 +94,13 @@ def test_a_closed_worker_stays_closed(echo):
         echo.call("echo", 0, timeout=30)
 
 
-def test_workers_die_with_their_parent(tmp_path):
+@pytest.mark.parametrize("server", ["None", "ForkServer('faults:Echo')"])
+def test_workers_die_with_their_parent(tmp_path, server):
     code = f"""
 import os, signal, sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
-from sparsek_tune.tune.channel import Worker
-print(Worker("faults:Echo").call("echo", 0, timeout=60)[1], flush=True)
+from sparsek_tune.tune.channel import ForkServer, Worker
+print(Worker("faults:Echo", server={server}).call("echo", 0, timeout=60)[1], flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     out = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=60).stdout
@@ -111,14 +122,15 @@ def test_a_process_that_died_between_two_calls_is_held_against_neither(echo):
     assert value == 7 and other != pid
 
 
-def test_what_a_worker_started_dies_with_the_parent_too(tmp_path):
+@pytest.mark.parametrize("server", ["None", "ForkServer('faults:Echo')"])
+def test_what_a_worker_started_dies_with_the_parent_too(tmp_path, server):
     """Not the worker alone, as when it ends: ptxas may take minutes, and then nobody waits for it."""
     note = tmp_path / "pid"
     code = f"""
 import os, signal, sys, threading, time
 sys.path.insert(0, {os.path.dirname(__file__)!r})
-from sparsek_tune.tune.channel import Worker
-worker = Worker("faults:Echo")
+from sparsek_tune.tune.channel import ForkServer, Worker
+worker = Worker("faults:Echo", server={server})
 print(worker.call("echo", 0, timeout=60)[1], flush=True)
 threading.Thread(target=worker.call, args=("program", {str(note)!r}), kwargs=dict(timeout=60), daemon=True).start()
 while not os.path.exists({str(note)!r}) or not open({str(note)!r}).read():
@@ -276,8 +288,10 @@ def test_processes_that_are_started_set_themselves_up_side_by_side():
         assert time.monotonic() - began < 60
 
 
-def test_a_process_that_cannot_set_itself_up_says_so_in_the_first_call():
-    with Worker("faults:Echo", "fail") as worker:
+@pytest.mark.parametrize("factory", [None, "faults:Echo", "no_such_module:make"])
+def test_a_process_that_cannot_set_itself_up_says_so_in_the_first_call(factory):
+    server = None if factory is None else ForkServer(factory)
+    with Worker("faults:Echo", "fail", server=server) as worker:
         worker.start()
         with pytest.raises(CallFailed, match=r"could not start.*refused"):
             worker.call("echo", 0, timeout=30)

@@ -15,7 +15,7 @@ import torch
 from sparsek_tune.kernel_templates import TEMPLATES
 from sparsek_tune.kernel_templates.base import Config
 from sparsek_tune.problem import Problem, target_device
-from sparsek_tune.tune.compile import kernels_of, later, pending, use_target
+from sparsek_tune.tune.compile import kernels_of, later, use_target
 from sparsek_tune.tune.cubin import MOST_STACK, infeasible, resources
 from sparsek_tune.tune.pool import CompilePool, settled
 from sparsek_tune.tune.stage import FACTORY
@@ -82,7 +82,7 @@ def test_the_reader_agrees_with_cuobjdump(tmp_path, monkeypatch, cuobjdump, tile
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     use_target(H100)
     kernel = product.warmup(*[torch.float32] * 3, TILE=tile, grid=(1,), num_warps=4, enable_fp_fusion=True)
-    (found,) = kernels_of([kernel])
+    (found,) = (resources_of() for resources_of in kernels_of([kernel]).values())
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
     usage = subprocess.run([cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
@@ -177,11 +177,12 @@ def test_kernels_that_are_put_off_are_listed_and_compiled_when_asked_for(tmp_pat
         one, again, other = (
             product.warmup(*[torch.float32] * 3, TILE=tile, grid=(1,), num_warps=1) for tile in (16, 16, 32)
         )
-    found = pending([one, again, other])
-    assert len(found) == 2
+    first, second = found = kernels_of([one, again, other])
     assert not list(tmp_path.rglob("*.cubin"))
-    found[one.future.key]()
+    assert found[first]().name == "product"
     assert len(list(tmp_path.rglob("*.cubin"))) == 1
-    assert pending([one, again, other]) == {other.future.key: other.result}
-    assert [k.name for k in kernels_of([one, other])] == ["product", "product"]
+    with later():
+        now = product.warmup(*[torch.float32] * 3, TILE=16, grid=(1,), num_warps=1)
+    assert list(kernels_of([now])) == [first]  # compiled or not
+    assert found[second]() == kernels_of([other])[second]()
     assert len(list(tmp_path.rglob("*.cubin"))) == 2
