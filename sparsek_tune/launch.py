@@ -70,6 +70,7 @@ def _run(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     if _dry:
         return
     if _compiled is not None:
+        launcher.hash_kernels()
         _compiled.append(kernel.warmup(*args, grid=grid, enable_fp_fusion=True, **meta))
     else:
         launcher.launch(kernel, grid, args, meta)

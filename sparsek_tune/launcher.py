@@ -11,6 +11,8 @@ hooks, debugging, instrumentation), and with a version of Triton whose internals
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -87,7 +89,22 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict
         record(Launch(kernel, compiled, grid, _parameters(kernel, args, meta)))
 
 
+@functools.cache
+def hash_kernels() -> None:
+    """Have Triton hash every kernel, in one order, before the first is compiled.
+
+    Its hash of a kernel counts the globals that a called function reads only if that function has been hashed before
+    (Triton 3.6 to 3.7, ``DependenciesFinder._update_hash``): by which kernel came first, one process would not find in
+    Triton's cache what another has compiled.
+    """
+    modules = sorted(name for name in sys.modules if name.startswith(f"{__package__}.kernel_templates."))
+    for kernel in (kernel for name in modules for _, kernel in sorted(vars(sys.modules[name]).items())):
+        if isinstance(kernel, JITFunction):
+            _ = kernel.cache_key
+
+
 def _ordinary(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> Any:
+    hash_kernels()
     # Stated, because Triton 3.10 changes the default.
     return kernel[grid](*args, enable_fp_fusion=True, **meta)
 

@@ -32,7 +32,7 @@ class CompileService:
         self._kernels: Mapping[str, Callable[[], Kernel]] = {}
 
     def kernels(self, spec: Spec, config: Config, part: Part) -> list[str]:
-        """Keys of the kernels of a candidate, equal in all processes."""
+        """Keys of the kernels of a candidate, as they are in all processes."""
         if self._asked != (spec, config, part):
             self._asked = None
             use_target(spec.device)
@@ -40,9 +40,9 @@ class CompileService:
             self._asked = (spec, config, part)
         return list(self._kernels)
 
-    def compile(self, spec: Spec, config: Config, part: Part, key: str) -> Kernel:
-        """Compile one of the candidate's kernels, and leave it in Triton's cache."""
-        self.kernels(spec, config, part)
+    def compile(self, spec: Spec, config: Config, part: Part, number: int) -> Kernel:
+        """Compile one of them, and leave it in Triton's cache."""
+        key = self.kernels(spec, config, part)[number]
         return self._kernels[key]()
 
 

@@ -178,7 +178,8 @@ class CompilePool:
                 return
         compiled = error = None
         try:
-            compiled = worker.call("compile", *lead.asked, key, timeout=self._timeout)
+            number = lead.kernels.index(kernel)
+            compiled = worker.call("compile", *lead.asked, number, timeout=self._timeout)
         except BaseException as e:
             error = e
         with self._lock:

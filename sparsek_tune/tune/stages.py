@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsek_tune import launch
+from sparsek_tune import launch, launcher
 from sparsek_tune.kernel_templates.base import Config
 from sparsek_tune.problem import Problem
 from sparsek_tune.reference import Selection
@@ -359,7 +359,8 @@ def _watched(run: Callable[[], dict[str, Tensor]], size: int = SIZE) -> dict[str
 
 
 def preload() -> None:
-    """Import what only the first use imports, and hash Triton itself, before workers are forked."""
+    """Import what only the first use imports, and hash Triton itself and the kernels, before workers are forked."""
+    launcher.hash_kernels()
     torch.empty_like(torch.empty(1, device="meta"))
     with contextlib.suppress(ImportError):
         from triton.runtime.cache import triton_key

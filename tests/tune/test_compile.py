@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -186,3 +187,29 @@ def test_kernels_that_are_put_off_are_listed_and_compiled_when_asked_for(tmp_pat
     assert list(kernels_of([now])) == [first]  # compiled or not
     assert found[second]() == kernels_of([other])[second]()
     assert len(list(tmp_path.rglob("*.cubin"))) == 2
+
+
+_KEYS = """
+import sys
+from sparsek_tune.kernel_templates import TEMPLATES
+from sparsek_tune.problem import Problem, target_device
+from sparsek_tune.tune.compile import CompileService
+from sparsek_tune.tune.stage import FACTORY
+from sparsek_tune.tune.types import Spec
+
+problem, device = Problem.of("bf16", 64, 2, "kv", 64, 32, 1024, 2), target_device("cuda:90")
+service = CompileService(FACTORY)
+defaults = {name: t.default(problem, device) for name, t in TEMPLATES.items()}
+keys = {name: service.kernels(Spec(name, problem, device, defaults), defaults[name], "length") for name in sys.argv[1:]}
+print({name: keys[name] for name in sorted(keys)})
+"""
+
+
+def test_processes_agree_on_the_keys_of_kernels_whichever_they_meet_first():
+    """Or one would compile again what another has left in Triton's cache."""
+    names = list(TEMPLATES)
+    first, second = (
+        subprocess.run([sys.executable, "-c", _KEYS, *order], capture_output=True, text=True, check=True).stdout
+        for order in (names, names[::-1])
+    )
+    assert first == second and first.count("'") > 20
