@@ -24,7 +24,7 @@ _BYTES_PER_COMPILE = 1 << 30  # memory that one compile may take
 
 class Compiled(NamedTuple):
     """The outcome for one candidate: status "ok", "infeasible", "compile" or "timeout"; the reason where not ok; the
-    seconds that it took, from the first process that had to do with it."""
+    seconds that its slowest kernel took, which is what a candidate takes where no process is busy."""
 
     status: str
     reason: str
@@ -40,10 +40,6 @@ class _Job:
         self.asked = (spec, config, part)
         self.future: Future[Compiled] = Future()
         self.kernels: list[_Kernel] = []
-        self._began = 0.0
-
-    def begin(self) -> None:
-        self._began = time.monotonic()
 
     def settle(self) -> None:
         """The end, where all its kernels are done."""
@@ -63,19 +59,21 @@ class _Job:
 
     def _end(self, status: str, reason: str, kernels: tuple[Kernel, ...] = ()) -> None:
         if self._claim():
-            self.future.set_result(Compiled(status, reason, kernels, time.monotonic() - self._began))
+            seconds = max((k.seconds for k in self.kernels), default=0.0)
+            self.future.set_result(Compiled(status, reason, kernels, seconds))
 
     def _claim(self) -> bool:
         return not self.future.done() and self.future.set_running_or_notify_cancel()
 
 
 class _Kernel:
-    """A kernel, and the candidates that wait for it. compiled or error: once it is done."""
+    """A kernel, and the candidates that wait for it. compiled or error, and seconds: once it is done."""
 
     def __init__(self) -> None:
         self.jobs: list[_Job] = []
         self.compiled: Kernel | None = None
         self.error: BaseException | None = None
+        self.seconds = 0.0
 
 
 class CompilePool:
@@ -153,7 +151,6 @@ class CompilePool:
         """Have compiled what of a candidate is not compiled yet."""
         if job.future.done():
             return
-        job.begin()
         try:
             keys = worker.call("kernels", *job.asked, timeout=_PREPARE_TIMEOUT)
         except BaseException as error:
@@ -176,14 +173,14 @@ class CompilePool:
             if lead is None:
                 del self._kernels[key]
                 return
-        compiled = error = None
+        compiled, error, began = None, None, time.monotonic()
         try:
             number = lead.kernels.index(kernel)
             compiled = worker.call("compile", *lead.asked, number, timeout=self._timeout)
         except BaseException as e:
             error = e
         with self._lock:
-            kernel.compiled, kernel.error = compiled, error
+            kernel.compiled, kernel.error, kernel.seconds = compiled, error, time.monotonic() - began
             for job in kernel.jobs:
                 job.settle()
 

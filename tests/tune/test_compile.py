@@ -130,7 +130,8 @@ def test_a_kernel_that_candidates_share_is_compiled_once_and_by_any_process(log)
     with CompilePool(faults.FACTORY, jobs=2) as pool:
         futures = [pool.submit(SPEC, Config(tile=tile, fault="kernels")) for tile in (16, 32, 64, 128)]
         assert pool.submit(SPEC, Config(tile=16, fault="kernels")) is futures[0]
-        assert [f.result().status for f in futures] == ["ok"] * 4
+        found = [f.result() for f in futures]
+    assert [f.status for f in found] == ["ok"] * 4 and all(0.2 <= f.seconds < 0.5 for f in found)  # of one kernel
     lines = [line.split() for line in log() if line.startswith("kernel ")]
     assert sorted(key for _, key, _ in lines) == ["all", "every", "of-128", "of-16", "of-32", "of-64"]
     assert len({pid for _, _, pid in lines}) == 2
@@ -140,7 +141,7 @@ def test_a_kernel_that_does_not_compile_fails_all_that_have_it_and_is_not_tried_
     with CompilePool(faults.FACTORY, jobs=2, timeout=1.0) as pool:
         found = [pool.submit(SPEC, Config(tile=tile, fault="a kernel hangs")).result() for tile in (16, 32)]
         good = pool.submit(SPEC, Config(tile=16, fault="none")).result()
-    assert [f.status for f in found] == ["timeout", "timeout"] and found[1].seconds < 0.9 and good.status == "ok"
+    assert [f.status for f in found] == ["timeout", "timeout"] and good.status == "ok"
     assert sum(line.startswith("kernel all") for line in log()) == 1
 
 
