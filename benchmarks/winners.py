@@ -1,0 +1,151 @@
+"""Winners measured again, on the GPU that they are of; one JSON document a line.
+
+python benchmarks/winners.py again [FILE]...          every winner of the databases, or of what is shipped, against the
+                                                      default and those of the same kernel and problem in one race
+python benchmarks/winners.py presets MODEL... [SECONDS]  a call forward and backward, with the default configs, with what
+                                                      is shipped, and with what a run of SECONDS (default 80) finds
+                                                      that knows nothing of that
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from sparsek_tune import dispatch
+from sparsek_tune.db import reader
+from sparsek_tune.db.store import Store
+from sparsek_tune.kernel_templates import TEMPLATES
+from sparsek_tune.kernel_templates.base import Config
+from sparsek_tune.presets import shapes
+from sparsek_tune.problem import Device, Problem, current_device
+from sparsek_tune.tune.bench import Bench
+from sparsek_tune.tune.forkserver import ForkServer
+from sparsek_tune.tune.pool import CompilePool
+from sparsek_tune.tune.stage import FACTORY
+from sparsek_tune.tune.tuner import tune
+from sparsek_tune.tune.types import Spec
+
+SECONDS = 1.0  # of a race or a measurement
+ROUNDS = 3  # of the presets' measurements, in turn
+
+
+class Race(NamedTuple):
+    spec: Spec
+    picks: dict[str, Config]  # by where they come from; the default among them
+
+
+def again(device: Device, sources: Iterable[str]) -> list[Race]:
+    races: dict[tuple[str, Problem], dict[str, Config]] = {}
+    for source in sources:
+        if source == "shipped":
+            entries = reader.load_shipped(device.kind, device.cc).entries
+        else:
+            with Store(source, read_only=True) as store:
+                entries = store.winners()
+        for e in entries:
+            races.setdefault((e.template, e.problem), {})[Path(source).stem] = Config.from_key(e.config)
+    found = []
+    for (name, key), picks in races.items():
+        # What the kernel does not depend on is blank.
+        filled = {"dtype": key.dtype or "bf16", "d": key.d or 128, "g": key.g or 4, "gate": key.gate or "kv"}
+        problem = key._replace(**filled)
+        configs = defaults(problem, device)
+        found.append(Race(Spec(name, problem, device, configs), {"default": configs[name], **picks}))
+    return found
+
+
+def presets(
+    device: Device, models: Iterable[str], seconds: float
+) -> Iterator[tuple[str, dict[str, dict[str, Config]]]]:
+    shipped = reader.load_shipped(device.kind, device.cc).entries
+    for model in models:
+        problem = shapes((model,), ())[0].problem
+        with tempfile.TemporaryDirectory() as folder, hidden(), Store(Path(folder) / "tuned.db") as store:
+            tune([problem], device, store, budget=seconds)
+            winners = store.winners()
+        sets = {"default": defaults(problem, device)}
+        for name, entries in (("shipped", shipped), ("tuned", winners)):
+            sets[name] = {
+                t.name: Config.from_key(dispatch.candidates(t, problem, device, entries)[0].entry.config)
+                for t in TEMPLATES.values()
+            }
+        yield model, sets
+
+
+@contextmanager
+def hidden() -> Iterator[None]:
+    """Within the block nothing is shipped."""
+    real = reader.load_shipped
+    reader.load_shipped = lambda *_: reader.Winners(())
+    try:
+        yield
+    finally:
+        reader.load_shipped = real
+
+
+def defaults(problem: Problem, device: Device) -> dict[str, Config]:
+    return {t.name: t.default(problem, device) for t in TEMPLATES.values()}
+
+
+def run_races(races: list[Race], pool: CompilePool, bench: Bench) -> None:
+    for race in races:
+        for config in race.picks.values():
+            for part in ("setup", "length"):
+                pool.submit(race.spec, config, part)
+    for race in races:
+        for config in race.picks.values():
+            pool.submit(race.spec, config).result()
+        configs = list(dict.fromkeys(race.picks.values()))
+        found = dict(zip(configs, bench.race(race.spec, configs, SECONDS, 0), strict=True))
+        times = {name: [found[c].median, found[c].low, found[c].high] for name, c in race.picks.items()}
+        show(kernel=race.spec.template, problem=race.spec.problem._asdict(), ms=times)
+
+
+def run_preset(
+    model: str, sets: Mapping[str, dict[str, Config]], device: Device, pool: CompilePool, bench: Bench
+) -> None:
+    """The schedule's template is timed with all that follows it; the threshold comes before."""
+    problem = shapes((model,), ())[0].problem
+    work = [(name, Spec(t, problem, device, s), s[t]) for name, s in sets.items() for t in ("threshold", "schedule")]
+    for _, spec, config in work:
+        pool.submit(spec, config, "setup").result()
+        pool.submit(spec, config).result()
+    times: dict[tuple[str, str], list[float]] = {}
+    for _ in range(ROUNDS):
+        for name, spec, config in work:
+            found = bench.measure(spec, config, SECONDS, float("inf"))
+            times.setdefault((name, spec.template), []).append(found.median)
+    ms = {name: sum(median(times[name, t]) for t in ("threshold", "schedule")) for name in sets}
+    configs = {name: {t: c.key for t, c in s.items()} for name, s in sets.items()}
+    show(model=model, problem=problem._asdict(), ms=ms, shipped_of_tuned=ms["tuned"] / ms["shipped"], configs=configs)
+
+
+def show(**document: object) -> None:
+    print(json.dumps(document), flush=True)
+
+
+def main(what: str, *arguments: str) -> None:
+    device = current_device()
+    with ExitStack() as stack:
+        server = ForkServer(FACTORY)
+        stack.callback(server.close)
+        pool = stack.enter_context(CompilePool(FACTORY, timeout=300.0, server=server))
+        bench = stack.enter_context(Bench(FACTORY, timeout=120.0, server=server))
+        if what == "again":
+            run_races(again(device, arguments or ["shipped"]), pool, bench)
+        else:
+            models = [a for a in arguments if not a.isdecimal()]
+            seconds = next((float(a) for a in arguments if a.isdecimal()), 80.0)
+            for model, sets in presets(device, models, seconds):
+                run_preset(model, sets, device, pool, bench)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
