@@ -1,10 +1,12 @@
 """Winners measured again, on the GPU that they are of; one JSON document a line.
 
-python benchmarks/winners.py again [FILE]...          every winner of the databases, or of what is shipped, against the
-                                                      default and those of the same kernel and problem in one race
-python benchmarks/winners.py presets MODEL... [SECONDS]  a call forward and backward, with the default configs, with what
-                                                      is shipped, and with what a run of SECONDS (default 80) finds
-                                                      that knows nothing of that
+    python benchmarks/winners.py again [FILE]...
+    python benchmarks/winners.py presets MODEL... [SECONDS]
+
+The first: every winner of the databases (default: of what is shipped) against the default config and the other files'
+winners of the same kernel and problem, in one race, beside the first file's winners of the other kernels. The second: a
+call forward and backward with the default configs, with what is shipped, and with what a run of SECONDS (default 80)
+finds that knows nothing of what is shipped.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
@@ -42,22 +44,35 @@ class Race(NamedTuple):
 
 
 def again(device: Device, sources: Iterable[str]) -> list[Race]:
-    races: dict[tuple[str, Problem], dict[str, Config]] = {}
-    for source in sources:
-        if source == "shipped":
-            entries = reader.load_shipped(device.kind, device.cc).entries
-        else:
-            with Store(source, read_only=True) as store:
-                entries = store.winners()
-        for e in entries:
-            races.setdefault((e.template, e.problem), {})[Path(source).stem] = Config.from_key(e.config)
+    entries = {source: winners_of(device, source) for source in sources}
     found = []
-    for (name, key), picks in races.items():
+    for name, key in dict.fromkeys((e.template, e.problem) for stored in entries.values() for e in stored):
         # What the kernel does not depend on is blank.
         filled = {"dtype": key.dtype or "bf16", "d": key.d or 128, "g": key.g or 4, "gate": key.gate or "kv"}
         problem = key._replace(**filled)
-        configs = defaults(problem, device)
-        found.append(Race(Spec(name, problem, device, configs), {"default": configs[name], **picks}))
+        picks = {
+            Path(source).stem: Config.from_key(e.config)
+            for source, stored in entries.items() for e in stored if (e.template, e.problem) == (name, key)
+        }  # fmt: skip
+        beside = served(problem, device, entries[next(s for s in entries if Path(s).stem in picks)])
+        default = TEMPLATES[name].default(problem, device)
+        found.append(Race(Spec(name, problem, device, {**beside, name: default}), {"default": default, **picks}))
+    return found
+
+
+def winners_of(device: Device, source: str) -> Sequence[reader.Entry]:
+    if source == "shipped":
+        return reader.load_shipped(device.kind, device.cc).entries
+    with Store(source, read_only=True) as store:
+        return store.winners()
+
+
+def served(problem: Problem, device: Device, entries: Sequence[reader.Entry]) -> dict[str, Config]:
+    """Of every template what a dispatcher that has ``entries`` alone serves."""
+    found = {}
+    for t in TEMPLATES.values():
+        best = next((c for c in dispatch.candidates(t, problem, device, entries) if not c.refused), None)
+        found[t.name] = t.default(problem, device) if best is None else Config.from_key(best.entry.config)
     return found
 
 
@@ -70,12 +85,8 @@ def presets(
         with tempfile.TemporaryDirectory() as folder, hidden(), Store(Path(folder) / "tuned.db") as store:
             tune([problem], device, store, budget=seconds)
             winners = store.winners()
-        sets = {"default": defaults(problem, device)}
-        for name, entries in (("shipped", shipped), ("tuned", winners)):
-            sets[name] = {
-                t.name: Config.from_key(dispatch.candidates(t, problem, device, entries)[0].entry.config)
-                for t in TEMPLATES.values()
-            }
+        sets = {"default": served(problem, device, ())}
+        sets |= {"shipped": served(problem, device, shipped), "tuned": served(problem, device, winners)}
         yield model, sets
 
 
@@ -88,10 +99,6 @@ def hidden() -> Iterator[None]:
         yield
     finally:
         reader.load_shipped = real
-
-
-def defaults(problem: Problem, device: Device) -> dict[str, Config]:
-    return {t.name: t.default(problem, device) for t in TEMPLATES.values()}
 
 
 def run_races(races: list[Race], pool: CompilePool, bench: Bench) -> None:
