@@ -14,6 +14,7 @@ from contextlib import ExitStack, suppress
 from typing import IO, TYPE_CHECKING, Any
 
 from sparsek_tune.events import event_of
+from sparsek_tune.options import STORAGE
 from sparsek_tune.problem import Device, Problem
 from sparsek_tune.tune.types import Event, OnEvent, Row
 
@@ -34,7 +35,8 @@ class Crew:
     """
 
     def __init__(self, first: Device, gpus: Mapping[int, Device], storage: str, jobs: int, env: Mapping[str, str]):
-        self._first, self._gpus, self._storage, self._jobs, self._env = first, gpus, storage, jobs, dict(env)
+        self._first, self._gpus, self._jobs = first, gpus, jobs
+        self._env = {**env, STORAGE: storage}
         self.others: dict[Device, list[Row]] = {}
         self._hands: list[_Hand] = []
 
@@ -47,7 +49,7 @@ class Crew:
         for index, device in self._gpus.items():
             if device not in self._suites:
                 self._suites[device] = self._suite.sister(self._first, device)
-            arguments = ["--suite", self._suites[device].name, "--storage", self._storage, "--device", str(index)]
+            arguments = ["--suite", self._suites[device].name, "--device", str(index)]
             command = [*COMMAND, "worker", *arguments, "--jobs", str(self._jobs), "--json"]
             show = self._emit if device == self._first else self._quietly(device)
             try:

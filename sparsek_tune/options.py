@@ -49,10 +49,11 @@ class _Storage(click.ParamType):
 
 
 SERVER = "postgresql+psycopg://"
+STORAGE = "SPARSEK_TUNE_STORAGE"  # an environment variable: a command line, and a password in it, shows to everybody
 storage_option = click.option(
-    "--storage", metavar="FILE|URL", type=_Storage(),
+    "--storage", metavar="FILE|URL", type=_Storage(), envvar=STORAGE,
     help=f"The database: a file, or a server as {SERVER}USER@HOST/DATABASE "
-    "[default: $SPARSEK_TUNE_CACHE, or a file in the user's cache directory].",
+    f"[default: ${STORAGE}, $SPARSEK_TUNE_CACHE, or a file in the user's cache directory].",
 )  # fmt: skip
 
 

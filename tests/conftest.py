@@ -11,6 +11,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read when triton is imp
 # Neither the user's database nor the user's compiled kernels are touched, by worker processes either; set before any
 # test module is imported.
 CACHE = tempfile.mkdtemp(prefix="sparsek-tests-")
+os.environ.pop("SPARSEK_TUNE_STORAGE", None)
 os.environ["SPARSEK_TUNE_CACHE"] = os.path.join(CACHE, "cache.db")
 os.environ["TRITON_CACHE_DIR"] = os.path.join(CACHE, "triton")
 

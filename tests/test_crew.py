@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -53,6 +54,16 @@ def gone(pid):
     except ProcessLookupError:
         return True
     return False
+
+
+def test_the_storage_shows_in_no_command_line(monkeypatch):
+    """With its password, to everybody on the host."""
+    hands = make(monkeypatch, SLEEPER, {1: ONE})
+    with hands(Suite(), lambda event: None):
+        (pid,) = pids(hands)
+        command, environment = (Path(f"/proc/{pid}/{name}").read_bytes() for name in ("cmdline", "environ"))
+        os.kill(pid, signal.SIGKILL)
+    assert b"nowhere" not in command and b"SPARSEK_TUNE_STORAGE=nowhere" in environment
 
 
 def test_an_interrupt_while_other_models_are_waited_for_leaves_nothing_behind(monkeypatch):
