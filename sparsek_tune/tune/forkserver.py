@@ -96,6 +96,9 @@ class ForkServer:
                     self._end()
                     if not again:
                         raise
+                except BaseException:  # an interrupt: the answer would be taken for that to the next request
+                    self._end()
+                    raise
         if answer >= FAILED:
             raise OSError(answer - FAILED, os.strerror(answer - FAILED))
         return answer

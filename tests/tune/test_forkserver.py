@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -102,6 +103,20 @@ def test_a_close_ends_a_start_that_waits():
     one.close()
     caller.join(10)
     assert not caller.is_alive() and len(errors) == 1 and time.monotonic() - start < 10
+
+
+def test_an_interrupt_during_a_request_leaves_no_answer_to_the_next(server, monkeypatch):
+    def interrupted(data, files):
+        socket.send_fds(server._socket, [forkserver.HEADER.pack(len(data))], files)
+        server._socket.sendall(data)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(server, "_exchange", interrupted)
+    with worker(server) as one:
+        with pytest.raises(KeyboardInterrupt):
+            one.call("echo", 0, timeout=30)
+        monkeypatch.undo()
+        assert one.call("echo", 1, timeout=60)[1] == one.pid
 
 
 def test_a_process_that_cannot_be_forked_is_the_machines_fault(server, monkeypatch):
