@@ -97,7 +97,7 @@ def hash_kernels() -> None:
     (Triton 3.6 to 3.7, ``DependenciesFinder._update_hash``): by which kernel came first, one process would not find in
     Triton's cache what another has compiled.
     """
-    modules = sorted(name for name in sys.modules if name.startswith(f"{__package__}.kernel_templates."))
+    modules = sorted(name for name in list(sys.modules) if name.startswith(f"{__package__}.kernel_templates."))
     for kernel in (kernel for name in modules for _, kernel in sorted(vars(sys.modules[name]).items())):
         if isinstance(kernel, JITFunction):
             _ = kernel.cache_key

@@ -71,7 +71,7 @@ class Worker:
     ) -> None:
         self._service, self._arguments, self._env, self._server = service, arguments, dict(env or {}), server
         self._process: subprocess.Popen[bytes] | Forked | None = None
-        self._closed = self._serving = False
+        self._closed = self._serving = self._lost = False
         self._busy = threading.Lock()  # held during a call
 
     def __enter__(self) -> Worker:
@@ -104,7 +104,12 @@ class Worker:
         a new process. Raises MachineError.
         """
         with self._busy:
-            return self._call(method, arguments, timeout)
+            try:
+                return self._call(method, arguments, timeout)
+            except WorkerDied:
+                if not self._lost or self._closed:
+                    raise
+                return self._call(method, arguments, timeout)  # it died with its server: not by this call
 
     def _call(self, method: str, arguments: tuple[Any, ...], timeout: float) -> Any:
         if self._process is not None and self._process.poll() is not None:  # died since it answered: not by this call
@@ -140,10 +145,11 @@ class Worker:
     def kill(self) -> None:
         """Kill the process with everything it started (its process group). Not while another thread calls."""
         process, self._process = self._process, None
-        self._serving = False
+        self._serving = self._lost = False
         if process is None:
             return
         _kill_group(process)
+        self._lost = isinstance(process, Forked) and process.lost
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(DEATH_SECONDS)
         for pipe in (process.stdin, process.stdout):

@@ -25,13 +25,13 @@ def main() -> None:
     worker.die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     server = socket.socket(fileno=int(sys.argv[2]))
-    with suppress(Exception):  # a worker that imports it again will say what is wrong
+    with suppress(BaseException):  # a worker that imports it again will say what is wrong
         getattr(importlib.import_module(sys.argv[1]), "preload", lambda: None)()
     gc.freeze()  # what the workers share
     while (request := _receive(server)) is not None:
         message, files = request
         if message[0] == "fork":
-            _fork(server, message[1], message[2], files)
+            _fork(server, message[1], message[2], message[3], files)
         else:
             server.sendall(ANSWER.pack(_status(message[1])))
 
@@ -46,7 +46,7 @@ def _receive(server: socket.socket) -> tuple[Any, list[int]] | None:
     return (pickle.loads(data), files) if len(data) == size else None
 
 
-def _fork(server: socket.socket, service: str, env: dict[str, str], files: list[int]) -> None:
+def _fork(server: socket.socket, service: str, env: dict[str, str], folder: str, files: list[int]) -> None:
     """A process that answers with its id as soon as it has its own session, for it is killed by that."""
     parent = os.getpid()
     try:
@@ -64,6 +64,8 @@ def _fork(server: socket.socket, service: str, env: dict[str, str], files: list[
                 os.close(file)
             os.environ.clear()
             os.environ.update(env)
+            with suppress(OSError):
+                os.chdir(folder)
             worker.main(service, parent)
             os._exit(0)
         except BaseException:

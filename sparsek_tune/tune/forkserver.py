@@ -35,43 +35,51 @@ class ForkServer:
         self.factory = factory
         self._lock = Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._closed = False
+        self._closed = self._ready = False
 
     def start(self) -> None:
         """Start the process, and do not wait for it."""
         with self._lock:
-            if self._process is None:
+            if self._process is None and not self._closed:
                 self._launch()
 
     def popen(self, service: str, env: Mapping[str, str], log: BinaryIO) -> Forked:
         """A new worker process for ``service`` with the environment ``env``, what it prints in ``log``; as
         ``subprocess.Popen`` gives it, in a session of its own. Raises OSError."""
-        with ExitStack() as theirs:
+        with ExitStack() as theirs, ExitStack() as ours:
 
             def pipe() -> tuple[int, int]:
                 read, write = os.pipe()
                 return read, write
 
-            (stdin, to_stdin), (from_stdout, stdout) = pipe(), pipe()
+            stdin, to_stdin = pipe()
             theirs.callback(os.close, stdin)
+            to_child = ours.enter_context(os.fdopen(to_stdin, "wb"))
+            from_stdout, stdout = pipe()
             theirs.callback(os.close, stdout)
-            ours = os.fdopen(to_stdin, "wb"), os.fdopen(from_stdout, "rb")
-            try:
-                pid = self._request(("fork", service, dict(env)), [stdin, stdout, log.fileno()])
-            except BaseException:
-                for file in ours:
-                    file.close()
-                raise
-        return Forked(self, pid, *ours)
+            from_child = ours.enter_context(os.fdopen(from_stdout, "rb"))
+            server, pid = self._request(("fork", service, dict(env), os.getcwd()), [stdin, stdout, log.fileno()])
+            forked = Forked(self, server, pid, to_child, from_child)
+            ours.pop_all()
+        return forked
 
-    def status(self, pid: int) -> int | None:
-        """The exit status of a process that this server forked, None while it runs. One that is not known any more was
-        killed, with the server that had forked it."""
-        try:
-            answer = self._request(("wait", pid), [])
-        except OSError:
-            return -signal.SIGKILL
+    def status(self, pid: int, server: subprocess.Popen[bytes]) -> int | None:
+        """The exit status of a process that ``server``, the one of then, forked; None while it runs. What died with its
+        server was killed, and raises OSError."""
+        with self._lock:
+            if self._process is not server:
+                raise OSError(errno.ESRCH, "the fork server died")
+            try:
+                answer = self._exchange(pickle.dumps(("wait", pid)), [])
+            except BaseException:
+                self._end()
+                raise
         return None if answer == RUNNING else -signal.SIGKILL if answer == UNKNOWN else answer
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has imported all, and may have forked."""
+        return self._ready
 
     def close(self) -> None:
         """Kill the process, and with it whatever it has forked and still runs; no new one is started after this."""
@@ -81,14 +89,17 @@ class ForkServer:
         with self._lock:
             self._end()
 
-    def _request(self, message: Any, files: Sequence[int]) -> int:
+    def _request(self, message: Any, files: Sequence[int]) -> tuple[subprocess.Popen[bytes], int]:
+        """The answer, and the process that gave it."""
         data = pickle.dumps(message)
         with self._lock:
             for again in (True, False):
                 if self._closed:
                     raise OSError(errno.ESHUTDOWN, "the fork server is closed")
-                if self._process is None:
-                    self._launch()
+                process = self._process or self._launch()
+                if self._closed:  # since then
+                    self._end()
+                    raise OSError(errno.ESHUTDOWN, "the fork server is closed")
                 try:
                     answer = self._exchange(data, files)
                     break
@@ -101,7 +112,7 @@ class ForkServer:
                     raise
         if answer >= FAILED:
             raise OSError(answer - FAILED, os.strerror(answer - FAILED))
-        return answer
+        return process, answer
 
     def _exchange(self, data: bytes, files: Sequence[int]) -> int:
         socket.send_fds(self._socket, [HEADER.pack(len(data))], files)
@@ -109,9 +120,10 @@ class ForkServer:
         answer = self._socket.recv(ANSWER.size, socket.MSG_WAITALL)
         if len(answer) < ANSWER.size:
             raise OSError(errno.ECONNRESET, "the fork server died")
+        self._ready = True
         return ANSWER.unpack(answer)[0]
 
-    def _launch(self) -> None:
+    def _launch(self) -> subprocess.Popen[bytes]:
         module = self.factory.partition(":")[0]
         self._socket, theirs = socket.socketpair()
         self._socket.settimeout(START_SECONDS)
@@ -126,6 +138,7 @@ class ForkServer:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C reaches the parent alone
             )
+        return self._process
 
     def _end(self) -> None:
         process, self._process = self._process, None
@@ -136,16 +149,23 @@ class ForkServer:
 
 
 class Forked:
-    """As much of ``subprocess.Popen`` as a worker's parent needs."""
+    """As much of ``subprocess.Popen`` as a worker's parent needs. lost: it died with its server."""
 
-    def __init__(self, server: ForkServer, pid: int, stdin: BinaryIO, stdout: BinaryIO) -> None:
+    def __init__(
+        self, server: ForkServer, process: subprocess.Popen[bytes], pid: int, stdin: BinaryIO, stdout: BinaryIO
+    ) -> None:
         self.pid, self.stdin, self.stdout = pid, stdin, stdout
         self.returncode: int | None = None
-        self._server = server
+        self.lost = False
+        self._server, self._process, self._lock = server, process, Lock()
 
     def poll(self) -> int | None:
-        if self.returncode is None:
-            self.returncode = self._server.status(self.pid)
+        with self._lock:
+            if self.returncode is None:
+                try:
+                    self.returncode = self._server.status(self.pid, self._process)
+                except OSError:
+                    self.returncode, self.lost = -signal.SIGKILL, True
         return self.returncode
 
     def wait(self, timeout: float) -> int:

@@ -41,6 +41,11 @@ class _Job:
         self.future: Future[Compiled] = Future()
         self.kernels: list[_Kernel] = []
 
+    def cancel(self) -> None:
+        """The end, also for who waits for it in a ``concurrent.futures.wait``."""
+        if self.future.cancel():
+            self.future.set_running_or_notify_cancel()
+
     def settle(self) -> None:
         """The end, where all its kernels are done."""
         if error := next((k.error for k in self.kernels if k.error is not None), None):
@@ -123,7 +128,7 @@ class CompilePool:
             if job is None or job.future.cancelled():
                 job = self._jobs[key] = _Job(next(self._count), spec, config, part)
                 if self._closed:
-                    job.future.cancel()
+                    job.cancel()
                 self._put(job, partial(self._list, job))
         return job.future
 
@@ -132,7 +137,7 @@ class CompilePool:
         with self._lock:
             self._closed = True
             for job in self._jobs.values():
-                job.future.cancel()
+                job.cancel()
             for _ in self._threads:
                 self._tasks.put((-1, next(self._count), None))
         for worker in self._workers:

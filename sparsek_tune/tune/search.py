@@ -67,6 +67,7 @@ class Search:
         self.pace = Pace()
         self._starts = won[template.name].starts
         self._took: list[float] = []  # seconds to compile a config
+        self._foreseen: tuple[Config, list[Config]] | None = None
 
     def go(self) -> Row:
         proposals = self._proposals(self.seed, [self.default, *self._starts])
@@ -166,7 +167,11 @@ class Search:
     def _foresee(self) -> None:
         """Have compiled what comes after this search, as far as its best so far tell."""
         ranking = self.ledger.ranking()
-        for config in [c for c in ranking if c != self.default][: self.run.effort.finalists]:
+        best = [c for c in ranking if c != self.default][: self.run.effort.finalists]
+        if (ranking[0], best) == self._foreseen:
+            return
+        self._foreseen = ranking[0], best
+        for config in best:
             self.run.pool.submit(self.spec, config, "cases")
         self.run.foresee(self.problem, self.template, ranking[0])
 

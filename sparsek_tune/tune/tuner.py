@@ -154,10 +154,12 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         with ExitStack() as stack:  # each, whatever happens to the others; the last first
+            stack.callback(self._server.close)
             stack.callback(self.judge.shutdown)
             stack.callback(self.pool.close)
             stack.callback(self.bench.close)
-            stack.callback(self._server.close)
+            if not self._server.ready:  # what waits for it does not wait on
+                stack.callback(self._server.close)
             stack.callback(self.judge.shutdown, wait=False, cancel_futures=True)
 
     def tune(

@@ -171,6 +171,10 @@ class Echo:
     def unpicklable(self):
         return lambda: None
 
+    def slow_echo(self, seconds):
+        time.sleep(seconds)
+        return os.getpid()
+
     def environment(self, name):
         return os.environ.get(name)
 

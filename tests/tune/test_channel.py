@@ -144,6 +144,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_process_that_cannot_be_killed_does_not_hold_the_run_up(echo, monkeypatch):
     """One that hangs in the driver of a GPU: it dies when the driver lets it."""
     pid = echo.call("echo", 0, timeout=30)[1]
+    os.kill(pid, signal.SIGSTOP)  # nor does it see that its pipes are closed
     monkeypatch.setattr(channel, "DEATH_SECONDS", 0.2)
     monkeypatch.setattr(os, "killpg", lambda *_: None)
     start = time.monotonic()

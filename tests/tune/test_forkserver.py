@@ -72,6 +72,20 @@ def test_a_server_that_dies_takes_its_processes_along_and_the_next_call_starts_a
         assert not {one.pid, two.pid} & set(pids)
 
 
+def test_a_call_during_which_the_server_dies_is_done_again(server):
+    """It was not the call; a call that kills its own process is not done again."""
+    with worker(server) as one:
+        pid, results = one.call("echo", 0, timeout=30)[1], []
+        caller = threading.Thread(target=lambda: results.append(one.call("slow_echo", 1.0, timeout=60)))
+        caller.start()
+        time.sleep(0.3)
+        os.kill(server._process.pid, signal.SIGKILL)
+        caller.join(60)
+        assert results and results[0] not in (pid, os.getpid())
+        with pytest.raises(WorkerDied):
+            one.call("fault", timeout=30)
+
+
 def test_nothing_is_left_when_a_server_is_closed(server):
     one = worker(server)
     pid = one.call("echo", 0, timeout=30)[1]
