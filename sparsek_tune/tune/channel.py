@@ -20,7 +20,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from sparsek_tune.tune.forkserver import Forked, ForkServer
+from sparsek_tune.tune.forkserver import Forked, ForkServer, python_path
 
 HEADER = struct.Struct("<Q")
 STARTUP_SECONDS = 180.0  # a cold import of torch and the creation of a CUDA context
@@ -176,9 +176,7 @@ class Worker:
             raise
 
     def _launch(self) -> subprocess.Popen[bytes] | Forked:
-        # Our own path goes along, so that the worker imports what this process would.
-        path = os.pathsep.join(os.path.abspath(p) for p in sys.path)
-        env = {**os.environ, "PYTHONPATH": path, **self._env}
+        env = {**os.environ, "PYTHONPATH": python_path(), **self._env}
         if self._server is not None:
             return self._server.popen(self._service, env, self._log)
         return subprocess.Popen(

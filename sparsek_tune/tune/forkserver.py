@@ -27,6 +27,11 @@ RUNNING, UNKNOWN = 1 << 32, 1 << 33  # no exit status yet, or not a process of t
 FAILED = 1 << 40  # plus an errno
 
 
+def python_path() -> str:
+    """For a child's PYTHONPATH, so that it imports what this process would."""
+    return os.pathsep.join(os.path.abspath(p) for p in sys.path)
+
+
 class ForkServer:
     """The parent's end, for several threads. The process starts with the first use, and again where it has died, with
     all that it had forked. factory: "module:function", of which it imports the module."""
@@ -35,7 +40,8 @@ class ForkServer:
         self.factory = factory
         self._lock = Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._closed = self._ready = False
+        self.ready = False  # it has imported all, and may have forked
+        self._closed = False
 
     def start(self) -> None:
         """Start the process, and do not wait for it."""
@@ -76,11 +82,6 @@ class ForkServer:
                 raise
         return None if answer == RUNNING else -signal.SIGKILL if answer == UNKNOWN else answer
 
-    @property
-    def ready(self) -> bool:
-        """Whether it has imported all, and may have forked."""
-        return self._ready
-
     def close(self) -> None:
         """Kill the process, and with it whatever it has forked and still runs; no new one is started after this."""
         self._closed = True
@@ -120,7 +121,7 @@ class ForkServer:
         answer = self._socket.recv(ANSWER.size, socket.MSG_WAITALL)
         if len(answer) < ANSWER.size:
             raise OSError(errno.ECONNRESET, "the fork server died")
-        self._ready = True
+        self.ready = True
         return ANSWER.unpack(answer)[0]
 
     def _launch(self) -> subprocess.Popen[bytes]:
@@ -128,13 +129,12 @@ class ForkServer:
         self._socket, theirs = socket.socketpair()
         self._socket.settimeout(START_SECONDS)
         with theirs:
-            path = os.pathsep.join(os.path.abspath(p) for p in sys.path)
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "sparsek_tune.tune.forked", module, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0"},
+                env={**os.environ, "PYTHONPATH": python_path(), "TRITON_INTERPRET": "0"},
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C reaches the parent alone
             )
