@@ -3,6 +3,7 @@ the sweep."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,10 +20,14 @@ def pruning(landscape: Landscape) -> dict[str, Any]:
     failed: what did not compile, crashed, hung or was wrong.
     dropped_best, spilled_best: of the configs that the check refuses, or that spill more than is accepted, and that the
     sweep timed all the same: the quality of the best (at 1 pruning would have cost the winner). None: none was timed,
-    so nothing is known. near_best: of those that spill from half of what is accepted to all of it.
+    so nothing is known. timed, wrong: how many of both were timed, and how many of them would have won.
+    near_best: of those that spill from half of what is accepted to all of it.
     cheaper: how many configs the cost model takes for cheaper than the winner.
     """
     known = landscape.outcomes.values()
+    spilled = [o for o in known if o.stack > MOST_STACK]
+    times = [o.true_ms for o in (*landscape.dropped.values(), *spilled) if o.true_ms is not None]
+    least = min((o.true_ms for o in known if o.stack <= MOST_STACK and o.true_ms is not None), default=math.inf)
     failed = sum(o.status not in ("ok", "infeasible") for o in known)
     return {
         "kernel": landscape.kernel.name, "problem": landscape.problem._asdict(), "device": landscape.device.name,
@@ -30,7 +35,7 @@ def pruning(landscape: Landscape) -> dict[str, Any]:
         "dropped": landscape.kernel.size - landscape.space,
         "infeasible": sum(o.status == "infeasible" for o in known), "failed": failed,
         "dropped_best": _best(landscape, landscape.dropped.values()),
-        "spilled_best": _best(landscape, (o for o in known if o.stack > MOST_STACK)),
+        "spilled_best": _best(landscape, spilled), "timed": len(times), "wrong": sum(ms < least for ms in times),
         "near_best": _best(landscape, (o for o in known if MOST_STACK / 2 < o.stack <= MOST_STACK)),
         "cheaper": by_cost(landscape).index(landscape.winner),
     }  # fmt: skip

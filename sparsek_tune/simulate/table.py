@@ -53,12 +53,13 @@ def _results(results: Sequence[Mapping[str, Any]]) -> None:
 
 def _pruning(landscapes: Sequence[Mapping[str, Any]]) -> None:
     header = (
-        "kernel", "problem", "points", "dropped", "infeasible", "failed", "best dropped", "best spilling too much",
-        "best spilling much", "cheaper than the winner",
+        "kernel", "problem", "points", "dropped", "infeasible", "failed", "pruned and timed", "of these wrong",
+        "best dropped", "best spilling too much", "best spilling much", "cheaper than the winner",
     )  # fmt: skip
     table("Pruning: by the check, by the compiler; best of it over the optimum", header, [
         (p["kernel"], _problem(p), str(p["points"]), _percent(p["dropped"] / p["points"]),
-         _percent(p["infeasible"] / p["known"]), _percent(p["failed"] / p["known"]), _quality(p["dropped_best"]),
+         _percent(p["infeasible"] / p["known"]), _percent(p["failed"] / p["known"]), str(p.get("timed", 0)),
+         f"{p['wrong'] / p['timed']:.1%}" if p.get("timed") else "unknown", _quality(p["dropped_best"]),
          _quality(p["spilled_best"]), _quality(p["near_best"]), _percent(p["cheaper"] / p["known"]))
         for p in landscapes
     ])  # fmt: skip

@@ -13,7 +13,7 @@ from threading import RLock, Thread
 from typing import Any, NamedTuple
 
 from sparsek_tune.kernel_templates.base import Config
-from sparsek_tune.tune.channel import Worker, WorkerError
+from sparsek_tune.tune.channel import Worker, WorkerDied, WorkerError
 from sparsek_tune.tune.cubin import infeasible
 from sparsek_tune.tune.forkserver import ForkServer
 from sparsek_tune.tune.types import Kernel, Part, Spec
@@ -181,7 +181,11 @@ class CompilePool:
         compiled, error, began = None, None, time.monotonic()
         try:
             number = lead.kernels.index(kernel)
-            compiled = worker.call("compile", *lead.asked, number, timeout=self._timeout)
+            call = partial(worker.call, "compile", *lead.asked, number, timeout=self._timeout)
+            try:
+                compiled = call()
+            except WorkerDied:  # perhaps not by its own fault, such as memory that others had taken
+                compiled = call()
         except BaseException as e:
             error = e
         with self._lock:

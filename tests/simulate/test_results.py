@@ -74,6 +74,7 @@ def test_pruning_is_judged_where_the_sweep_timed_what_was_pruned():
     told = pruning(landscape)
     assert told["points"] == told["space"] == told["known"] == 600 and told["dropped"] == told["failed"] == 0
     assert told["infeasible"] == 150 and told["dropped_best"] is told["spilled_best"] is told["near_best"] is None
+    assert told["timed"] == told["wrong"] == 0
     assert told["cheaper"] == list(landscape.outcomes).index(landscape.winner)  # all cost the same
     [best, second, *_] = sorted((c for c, o in landscape.outcomes.items() if o.ms), key=ms)
     outcomes = dict(landscape.outcomes)
@@ -83,7 +84,7 @@ def test_pruning_is_judged_where_the_sweep_timed_what_was_pruned():
     landscape.dropped = {Config(a=0): outcomes[best]._replace(true_ms=0.5)}
     told = pruning(landscape)
     assert told["near_best"] == 1.0 and told["spilled_best"] == ms(best) / ms(second)
-    assert told["dropped_best"] == 2.0  # would have won
+    assert told["dropped_best"] == 2.0 and (told["timed"], told["wrong"]) == (2, 1)  # would have won
 
 
 def test_lines_are_means_that_keep_their_last_values():

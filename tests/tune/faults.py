@@ -60,16 +60,21 @@ class Stage:
 
     def kernels(self, config, part):
         """One, or three of which all candidates have two."""
-        seconds = {"kernels": 0.2, "slow kernels": 0.5, "a kernel hangs": 600}.get(config["fault"])
+        slow = {"kernels": 0.2, "slow kernels": 0.5, "a kernel hangs": 600, "a kernel is killed once": 0}
+        seconds = slow.get(config["fault"])
         if part == "setup":
             return {}
         if seconds is None or part == "cases":
             return {f"{part} {self.spec} {config.key}": lambda: self._compile(config, part)}
         keys = ("every", "all", f"of-{config['tile']}")
-        return {key: lambda key=key: self._compile_one(key, seconds) for key in keys}
+        return {key: lambda key=key: self._compile_one(key, config["fault"], seconds) for key in keys}
 
-    def _compile_one(self, key, seconds):
+    def _compile_one(self, key, fault, seconds):
         log(f"kernel {key} {os.getpid()}")
+        if fault == "a kernel is killed once" and key == "all":
+            with open(os.environ["FAULTS_LOG"]) as f:
+                if f.read().count("kernel all") == 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(seconds if seconds < 600 or key == "all" else 0)
         return Kernel(key, 64, 0, 1024, 4)
 

@@ -145,6 +145,14 @@ def test_a_kernel_that_does_not_compile_fails_all_that_have_it_and_is_not_tried_
     assert sum(line.startswith("kernel all") for line in log()) == 1
 
 
+def test_a_kernel_whose_process_was_killed_is_compiled_by_another(log):
+    with CompilePool(faults.FACTORY, jobs=2) as pool:
+        found = [pool.submit(SPEC, Config(tile=tile, fault="a kernel is killed once")).result() for tile in (16, 32)]
+    assert [f.status for f in found] == ["ok", "ok"]
+    lines = [line.split() for line in log() if line.startswith("kernel all")]
+    assert len(lines) == 2 and lines[0] != lines[1]
+
+
 def test_what_is_cancelled_is_not_compiled_but_what_others_need_of_it_is(log):
     with CompilePool(faults.FACTORY, jobs=1) as pool:
         first, second, third = (pool.submit(SPEC, Config(tile=t, fault="slow kernels")) for t in (16, 32, 64))
