@@ -99,14 +99,15 @@ def run_command(
                 others = {i: d for i, d in found.items() if i != first}
                 wanted["crew"] = crew = Crew(device, others, str(store.where), wanted["jobs"], env)
             rows = _tune(problems, device, store, wanted, lines, live=not (as_lines and sys.stdout.isatty()))
-        if not as_lines:
-            _table(rows)
-            for other, theirs in crew.others.items() if crew is not None else ():
-                _table(theirs, f"on {other.name}")
-        if not rows:
-            raise Fault("no kernel was tuned: the budget is too short", NOTHING)
-        if all(row.config is None for row in rows):
-            raise Fault("no kernel has a working config", NOTHING)
+        outcomes = {"": rows} | {f" on {d.name}": theirs for d, theirs in (crew.others.items() if crew else ())}
+        for where, tuned in outcomes.items() if not as_lines else ():
+            _table(tuned, where.strip())
+        for where, tuned in outcomes.items():
+            if not tuned:
+                reason = "its processes have ended" if where else "the budget is too short"
+                raise Fault(f"no kernel was tuned{where}: {reason}", NOTHING)
+            if all(row.config is None for row in tuned):
+                raise Fault(f"no kernel has a working config{where}", NOTHING)
 
 
 @click.command("worker")

@@ -7,6 +7,7 @@ import io
 import json
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import event_lines
 import pytest
@@ -91,6 +92,21 @@ def test_failures_end_the_lines_with_what_is_done(cache, monkeypatch, rows, erro
     assert result.exit_code == code and (code == 1 or words in result.stderr)
     plain = invoke("--target", "cuda:90")
     assert plain.exit_code == code and (code == 1 or words in plain.stderr)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "code", "words"),
+    [([row(DEFAULT)], 0, ""), ([], 5, "no kernel was tuned on another"), ([row(None)], 5, "working config on another")],
+)
+def test_another_model_of_gpu_without_results_is_told_by_the_exit_code(cache, monkeypatch, theirs, code, words):
+    device = replace(target_device("cuda:90"), name="one")
+    another = replace(device, name="another")
+    monkeypatch.setattr("sparsek_tune.options.gpus", lambda text: {0: device, 1: another})
+    monkeypatch.setattr("sparsek_tune.options.hide_others", lambda index: None)
+    monkeypatch.setattr("sparsek_tune.crew.Crew", lambda *_: SimpleNamespace(others={another: theirs}))
+    fake_tune(monkeypatch, [row(DEFAULT)])
+    result = invoke("--gpus", "all")
+    assert result.exit_code == code and words in result.stderr and "forward" in result.stdout
 
 
 def test_what_fails_before_the_run_has_an_end_alone(cache, monkeypatch):
