@@ -15,8 +15,6 @@ from sparsek_tune.problem import Device, Problem
 from sparsek_tune.tune import studies
 from sparsek_tune.tune.studies import Studies, StudiesError
 
-_LONGEST = 3600.0  # seconds that a process may work at one config, and clocks may differ
-
 
 def name_of(device: Device, template: Template, problem: Problem) -> str:
     """The study's name says all that must not be mixed."""
@@ -38,6 +36,7 @@ class Board:
         self._studies, self._template, self._note = shared, template, note
         self._mine: dict[Config, int] = {}
         self._others: dict[Config, int] = {}
+        self._waiting: dict[int, float] = {}  # claims of others in the making, and when they were first seen
         self._last: int | None = None
         self._buried = time.monotonic()
         try:
@@ -53,8 +52,9 @@ class Board:
             return True
         try:
             values, space = _parameters(self._template, config)
-            about = {"claim": {"config": config.key, "at": time.time()}}
-            trial = self._studies.add(self._study, TrialState.RUNNING, about, values, space)
+            trial = self._studies.add(self._study, {"claim": {"config": config.key}}, values, space)
+            if not self._studies.take(self._study, trial):  # it took so long that others gave it up
+                return False
             # Numbers in a row: nobody else claimed anything in between.
             self.quiet = self._last is not None and trial == self._last + 1 and not self._others
             self._last = trial
@@ -99,13 +99,16 @@ class Board:
 
     def _look(self) -> dict[Config, int]:
         assert self._studies is not None
-        mine = set(self._mine.values())
+        mine, now = set(self._mine.values()), time.monotonic()
         found: dict[Config, int] = {}
-        for trial in self._studies.trials(self._study, TrialState.RUNNING):
-            claim = trial.user_attrs["claim"]
-            # Who was killed before its first heartbeat is never missed by it.
-            if trial._trial_id not in mine and abs(time.time() - claim["at"]) < _LONGEST:
-                found.setdefault(Config.from_key(claim["config"]), trial._trial_id)
+        for trial in self._studies.trials(self._study, TrialState.WAITING, TrialState.RUNNING):
+            number = trial._trial_id
+            if number in mine:
+                continue
+            if trial.state == TrialState.WAITING and now - self._waiting.setdefault(number, now) > studies.GRACE:
+                self._studies.finish(number, None)  # who was killed before it had a heartbeat is not missed by it
+                continue
+            found.setdefault(Config.from_key(trial.user_attrs["claim"]["config"]), number)
         self._others = found
         return found
 

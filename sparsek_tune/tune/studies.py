@@ -15,7 +15,6 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -142,26 +141,20 @@ class Studies:
     def add(
         self,
         study: int,
-        state: TrialState,
         attributes: Mapping[str, Any],
         values: Mapping[str, Any] | None = None,
         space: Mapping[str, BaseDistribution] | None = None,
     ) -> int:
-        """A new trial, waiting or running; its id. values, space: its parameters."""
-        started = datetime.now() if state == TrialState.RUNNING else None
+        """A new trial, waiting; its id. values, space: its parameters."""
         trial = FrozenTrial(
-            number=-1, trial_id=-1, state=state, value=None, datetime_start=started, datetime_complete=None,
+            number=-1, trial_id=-1, state=TrialState.WAITING, value=None, datetime_start=None, datetime_complete=None,
             params=dict(values or {}), distributions=dict(space or {}), user_attrs=dict(attributes), system_attrs={},
             intermediate_values={},
         )  # fmt: skip
-        made = self._do(self._storage.create_new_trial, study, trial)
-        if state == TrialState.RUNNING:
-            self._do(self._storage.record_heartbeat, made)
-            self._hold(study, made)
-        return made
+        return self._do(self._storage.create_new_trial, study, trial)
 
     def take(self, study: int, trial: int) -> bool:
-        """Claim a waiting trial; False where another process was faster."""
+        """Claim a waiting trial; False where another process was faster, or has taken it for dead."""
         self._do(self._storage.record_heartbeat, trial)  # first: killed in between, it would never be missed
         try:
             taken = self._storage.set_trial_state_values(trial, TrialState.RUNNING)

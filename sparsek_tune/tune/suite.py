@@ -77,7 +77,7 @@ class Suite:
         name = f"{_prefix(device, templates)}{socket.gethostname()} {os.getpid()} {time.time():.3f}"
         study = shared.study(name, {"suite": dict(about)})
         for problem, names in work:
-            shared.add(study, TrialState.WAITING, {"problem": problem._asdict(), "kernels": names, "tries": 1})
+            shared.add(study, {"problem": problem._asdict(), "kernels": names, "tries": 1})
         return cls(shared, name)
 
     def sister(self, device: Device, other: Device) -> Suite:
@@ -86,7 +86,7 @@ class Suite:
         study = self._studies.study(name, {"suite": self.about})
         for trial in self._studies.trials(self._study):
             about = {**{key: trial.user_attrs[key] for key in ("problem", "kernels")}, "tries": 1}
-            self._studies.add(study, TrialState.WAITING, about)
+            self._studies.add(study, about)
         return Suite(self._studies, name)
 
     @classmethod

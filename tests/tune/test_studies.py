@@ -101,6 +101,41 @@ def test_the_claims_of_the_dead_are_free_again(database, monkeypatch):
         assert taken[1] == work == (P, ("fake",)) and taken[0] != claim and mine.claim(C[0])
 
 
+def test_a_claim_whose_process_was_killed_in_the_making_is_free_again(two, monkeypatch):
+    monkeypatch.setattr(studies, "GRACE", 1)
+    dead, mine = map(board, two)
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(dead._studies._storage, "record_heartbeat", raiser(KeyboardInterrupt()))
+        dead.claim(C[0])
+    assert not mine.claim(C[0]) and mine.others() == {C[0]}
+    assert mine.claim(C[1]) and not mine.quiet  # as long as others may work at something
+    time.sleep(1.1)
+    assert mine.others() == set() and mine.claim(C[0])
+    assert board(two[0]).others() == {C[0], C[1]}
+
+
+def test_who_was_taken_for_dead_in_the_making_does_not_hold_the_claim(two, monkeypatch):
+    monkeypatch.setattr(studies, "GRACE", 0.2)
+    slow, mine = map(board, two)
+    real = slow._studies._storage.record_heartbeat
+
+    def late(trial):
+        assert mine.others() == {C[0]}
+        time.sleep(0.3)
+        assert mine.others() == set() and mine.claim(C[0])
+        real(trial)
+
+    monkeypatch.setattr(slow._studies._storage, "record_heartbeat", late)
+    assert not slow.claim(C[0]) and slow.others() == {C[0]}
+
+
+def raiser(error):
+    def call(*_):
+        raise error
+
+    return call
+
+
 def test_what_is_closed_gives_its_claims_back(two):
     suite = Suite.create(two[0], D, {"fake": T}, tasks([P], [T]), {"effort": "quick", "seed": 0, "until": None})
     other = Suite(two[1], suite.name)
