@@ -1,14 +1,17 @@
 """``sparsek-tune`` with stand-ins for kernels and for several GPUs, for tests of processes that tune together:
 python fleet.py run|worker ...
 
-FLEET_GPUS: JSON list of the GPUs' names; FLEET_PROBLEMS: how many problems; FAULTS_SPACE: see program.py.
+FLEET_GPUS: JSON list of the GPUs' names; FLEET_PROBLEMS: how many problems; FLEET_DIES: the claim during which a worker
+is killed, by number; FAULTS_SPACE: see program.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
+import signal
 import sys
 
 import faults
@@ -40,7 +43,20 @@ def gpus(text):
     return {i: device for i, device in enumerate(GPUS) if text == "all" or str(i) in text.split(",")}
 
 
+def die_while_claiming(number):
+    real, calls = studies.Studies.take, itertools.count(1)
+
+    def take(self, study, trial):
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, study, trial)
+
+    studies.Studies.take = take
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "worker" and "FLEET_DIES" in os.environ:
+        die_while_claiming(int(os.environ["FLEET_DIES"]))
     types.EFFORTS["default"] = types.Effort(40, 120.0, 0.01, 3, 0.01, 40, 2, timeout=30.0)
     studies.INTERVAL, studies.GRACE = 1, 3
     sparsek_tune.tune.tune, sparsek_tune.tune.join = tune, join

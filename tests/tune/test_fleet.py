@@ -171,6 +171,17 @@ def test_ctrl_c_and_a_killed_child_of_gpus(fleet, victim):
     check_done(fleet, lines[-1]["rows"])
 
 
+def test_a_worker_that_is_killed_while_it_claims_a_config(fleet):
+    """Its third claim: the first is a problem, the second a config."""
+    fleet = fleet(FLEET_GPUS='["same", "same"]', FLEET_DIES="3")
+    start = time.monotonic()
+    code, lines, err = fleet.end(fleet.start("run", "--gpus", "all"))
+    assert code == 0, err
+    check_done(fleet, lines[-1]["rows"])
+    assert any("GPU 1 ended (killed by SIGKILL)" in line.get("message", "") for line in lines)
+    assert time.monotonic() - start < 100  # not until the time of a problem, 120 s, is over
+
+
 def four_static_workers(fleet, winners, *storage):
     """Four processes and a run; one of them is killed as soon as it has worked at something."""
     target = ("--target", "cuda:90", "--jobs", "1", *storage)
