@@ -81,10 +81,10 @@ def test_pruning_is_judged_where_the_sweep_timed_what_was_pruned():
     outcomes[best] = outcomes[best]._replace(stack=MOST_STACK)
     outcomes[second] = outcomes[second]._replace(stack=MOST_STACK + 8)
     landscape.outcomes = outcomes
-    landscape.dropped = {Config(a=0): outcomes[best]._replace(true_ms=0.5)}
+    landscape.dropped = {Config(a=0): outcomes[best]._replace(true_ms=0.5), Config(a=1): outcomes[best]}
     told = pruning(landscape)
     assert told["near_best"] == 1.0 and told["spilled_best"] == ms(best) / ms(second)
-    assert told["dropped_best"] == 2.0 and (told["timed"], told["wrong"]) == (2, 1)  # would have won
+    assert told["dropped_best"] == 2.0 and (told["timed"], told["wrong"]) == (3, 1)  # would have won
 
 
 def test_lines_are_means_that_keep_their_last_values():
