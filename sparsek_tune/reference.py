@@ -300,7 +300,8 @@ def attention_backward(
                 g = (p * dp + ds * s if gate == "kv" else p * dp).sum(1)
                 du[rows, :stop] += _score_grad(g, selected, chosen, start, stop)
     grads = zip((dq, dk, dv, du), (query, key, value, scores), strict=True)
-    dq, dk, dv, du = (grad.view(x.shape).to(x.dtype) for grad, x in grads)
+    # Contiguous whatever the inputs are: so the operator promises it to the compiler.
+    dq, dk, dv, du = (grad.view(x.shape).to(x.dtype).contiguous() for grad, x in grads)
     return dq, dk, dv, du
 
 
