@@ -244,3 +244,12 @@ def test_the_latest_race_that_knew_a_run_counts_in_whatever_order_they_are_told(
     known, again, late = made(1, "1", 2, [1, 2]), made(2, "2", 1, [1], tuned_ms=0.1), made(3, "3", 3, [1, 3])
     for order in itertools.permutations([known, again, late]):
         assert [r.measurement for r in races.standing(order)] == [3, 1]
+
+
+def test_a_record_that_stands_twice_in_a_file_is_one_race(path, tmp_path):
+    with Store(make(path), read_only=True) as store:
+        found = transfer.export(store)
+    with Store(tmp_path / "other.db") as other:
+        transfer.add(other, [*found, *found])
+        assert execute(other.path, "SELECT count(*) FROM race") == [(1,)]
+        assert transfer.export(other) == found

@@ -193,3 +193,23 @@ def test_device_hides_the_other_gpus(cache, monkeypatch):
         assert invoke("--device", index).exit_code == 0
         assert seen.pop() == chosen
     assert calls[0][1] is gpu
+
+
+def test_one_kernel_without_a_working_config_is_not_the_whole_run(cache, monkeypatch):
+    fake_tune(monkeypatch, [row(None, tuned_ms=None), row(DEFAULT)])
+    result = invoke("--target", "cuda:90")
+    assert result.exit_code == 0, result.stderr
+
+
+def test_the_crew_has_the_other_gpus_the_whole_environment_and_its_part_of_the_cpus(cache, monkeypatch):
+    device, made = replace(target_device("cuda:90"), name="one"), []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    monkeypatch.setattr("sparsek_tune.options.gpus", lambda text: {1: device, 3: device})
+    monkeypatch.setattr("sparsek_tune.tune.pool.default_jobs", lambda pools=1: 16 // pools)
+    monkeypatch.setattr("sparsek_tune.crew.Crew", lambda *given: made.append(given) or SimpleNamespace(others={}))
+    calls = fake_tune(monkeypatch, [row(DEFAULT)])
+    assert invoke("--gpus", "1,3").exit_code == 0
+    ((first, others, storage, jobs, env),) = made
+    assert first is device and others == {3: device} and storage == str(cache)
+    assert jobs == calls[0][2]["jobs"] == 8
+    assert env["CUDA_VISIBLE_DEVICES"] == "4,5,6,7"  # --device counts in it

@@ -10,6 +10,7 @@ from synthetic import hills
 
 from sparsek_tune.kernel_templates.base import Config
 from sparsek_tune.simulate import plot
+from sparsek_tune.simulate.landscape import Outcome
 from sparsek_tune.simulate.pruning import pruning
 from sparsek_tune.simulate.replay import Step
 from sparsek_tune.simulate.results import after, at, chosen, quartiles, reached, result, summary
@@ -94,3 +95,24 @@ def test_lines_are_means_that_keep_their_last_values():
     assert by_x[100.0] == [pytest.approx(0.95), 1.0, 1.0]
     middle = next(rest for x, *rest in points if 10 < x < 11)
     assert middle == [pytest.approx(0.8), pytest.approx(0.9), pytest.approx(0.95)]
+
+
+def test_pruning_that_costs_the_winner_is_counted():
+    landscape = hills()
+    best = min(landscape.outcomes, key=ms)
+    outcomes = dict(landscape.outcomes)
+    outcomes[best] = outcomes[best]._replace(stack=MOST_STACK + 8)
+    landscape.outcomes = outcomes
+    told = pruning(landscape)
+    assert told["spilled_best"] == 1.0 and (told["timed"], told["wrong"]) == (1, 1)
+
+
+def test_what_fails_or_is_unknown_is_not_what_is_dropped():
+    landscape = hills()
+    [_, second, *_, last] = sorted(landscape.outcomes, key=ms)
+    outcomes = dict(landscape.outcomes)
+    outcomes[second] = Outcome("wrong", None, 0.0, None)
+    del outcomes[last]  # the sweep does not tell of it
+    landscape.outcomes, landscape.space = outcomes, 600 - 10
+    told = pruning(landscape)
+    assert (told["known"], told["dropped"], told["failed"], told["infeasible"]) == (599, 10, 1, 0)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -222,3 +224,16 @@ def test_processes_agree_on_the_keys_of_kernels_whichever_they_meet_first():
         for order in (names, names[::-1])
     )
     assert first == second and first.count("'") > 20
+
+
+def test_what_is_submitted_after_the_end_is_cancelled():
+    pool = CompilePool(faults.FACTORY, jobs=1)
+    pool.close()
+    assert pool.submit(SPEC, Config(tile=16, fault="none")).cancelled()
+
+
+def test_the_end_wakes_who_waits_for_candidates():
+    pool = CompilePool(faults.FACTORY, jobs=1)
+    futures = [pool.submit(SPEC, Config(tile=t, fault="slow kernels")) for t in (16, 32)]
+    threading.Timer(0.5, pool.close).start()
+    assert concurrent.futures.wait(futures, timeout=20).not_done == set()

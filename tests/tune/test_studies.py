@@ -241,3 +241,40 @@ def test_every_kernel_belongs_to_the_first_problem_that_needs_it():
     one, two = faults.template("one", fields=("n",)), faults.template("two")
     other = P._replace(d=128)
     assert tasks([P, other, P._replace(k=8)], [one, two]) == [(P, ("one", "two")), (other, ("two",))]
+
+
+def test_of_three_that_claim_one_config_the_first_has_it(two, monkeypatch):
+    first, mine = map(board, two)
+    assert first.claim(C[0])
+    real = two[1].take
+
+    def take(study, trial):
+        two[0].add(study, {"claim": {"config": C[0].key}})  # a third one, later than ours
+        return real(study, trial)
+
+    monkeypatch.setattr(two[1], "take", take)
+    assert not mine.claim(C[0])
+
+
+def test_a_file_that_is_only_busy_is_not_put_aside(database, monkeypatch):
+    Studies.beside(database).close()
+    monkeypatch.setattr(studies, "_BUSY_SECONDS", 0.1)
+    path = path_beside(database)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("PRAGMA journal_mode = DELETE")  # as on a network file system
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(StudiesError):
+            Studies.beside(database)
+    assert path.exists() and not path.with_name("cache.studies.db.old").exists()
+
+
+def test_the_log_of_a_file_that_was_put_aside_is_not_the_new_ones(database):
+    path = path_beside(database)
+    wal = path.with_name(path.name + "-wal")
+    with closing(Studies.beside(database)) as shared:
+        shared.study("old")
+        left = wal.read_bytes()
+    path.write_bytes(b"no database" * 1000)
+    wal.write_bytes(left)
+    with closing(Studies.beside(database)) as shared:
+        assert shared.all() == {}
