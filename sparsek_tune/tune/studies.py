@@ -171,18 +171,20 @@ class Studies:
         with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # taken for dead meanwhile
             self._do(self._storage.set_trial_user_attr, trial, key, value)
 
-    def finish(self, trial: int, value: float | None) -> None:
-        """A claim is settled: with a value, or without (failed)."""
+    def finish(self, trial: int, value: float | None) -> bool:
+        """A claim is settled: with a value, or without (failed). False where others took its holder for dead before."""
         with self._lock:
             self._held.pop(trial, None)
         state, values = (TrialState.FAIL, None) if value is None else (TrialState.COMPLETE, [value])
-        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+        try:
             self._do(self._storage.set_trial_state_values, trial, state, values)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            return False
+        return True
 
     def give_back(self, study: int, trial: int) -> None:
         """Fail a claim as if its holder had died, so that others may work at it."""
-        self.finish(trial, None)
-        if self._again is not None:
+        if self.finish(trial, None) and self._again is not None:
             self._do(self._again, self._loaded(study), self._do(self._storage.get_trial, trial))
 
     def trials(self, study: int, *states: TrialState) -> list[FrozenTrial]:

@@ -101,6 +101,26 @@ def test_the_claims_of_the_dead_are_free_again(database, monkeypatch):
         assert taken[1] == work == (P, ("fake",)) and taken[0] != claim and mine.claim(C[0])
 
 
+def test_who_was_taken_for_dead_adds_its_problem_no_second_time(database, monkeypatch):
+    """As one that was suspended, whose claim others have failed and put up again."""
+    monkeypatch.setattr(studies, "INTERVAL", 1)
+    monkeypatch.setattr(studies, "GRACE", 2)
+    with closing(Studies.beside(database, again)) as alive:
+        suite = Suite.create(alive, D, {"fake": T}, tasks([P], [T]), {"effort": "quick", "seed": 0, "until": None})
+        suspended = Studies.beside(database, again)
+        claim, _ = Suite(suspended, suite.name).take()
+        suspended._stop.set()
+        end = time.monotonic() + 10
+        while not (waiting := alive.trials(suite._study, TrialState.WAITING)):
+            suite.over()
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        assert not suspended.finish(claim, 1.0) and suspended._held == {}
+        suspended._held[claim] = suite._study  # it had not come so far
+        suspended.close()
+        assert alive.trials(suite._study, TrialState.WAITING) == waiting and len(waiting) == 1
+
+
 def test_a_claim_whose_process_was_killed_in_the_making_is_free_again(two, monkeypatch):
     monkeypatch.setattr(studies, "GRACE", 1)
     dead, mine = map(board, two)
