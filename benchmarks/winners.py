@@ -1,18 +1,8 @@
-"""Winners measured again, on the GPU that they are of; one JSON document a line.
-
-    python benchmarks/winners.py again [FILE]...
-    python benchmarks/winners.py presets MODEL... [SECONDS]
-
-The first: every winner of the databases (default: of what is shipped) against the default config and the other files'
-winners of the same kernel and problem, in one race, beside the first file's winners of the other kernels. The second: a
-call forward and backward with the default configs, with what is shipped, and with what a run of SECONDS (default 80)
-finds that knows nothing of what is shipped.
-"""
+"""Winners measured again, on the GPU that they are of; one JSON document a line."""
 
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,13 +10,16 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from sparsek_tune import dispatch
+import click
+
+from sparsek_tune import dispatch, options
+from sparsek_tune.command import NO_GPU, Fault
 from sparsek_tune.db import reader
 from sparsek_tune.db.store import Store
 from sparsek_tune.kernel_templates import TEMPLATES
 from sparsek_tune.kernel_templates.base import Config
-from sparsek_tune.presets import shapes
-from sparsek_tune.problem import Device, Problem, current_device
+from sparsek_tune.presets import MODELS, shapes
+from sparsek_tune.problem import Device, Problem
 from sparsek_tune.tune.bench import Bench
 from sparsek_tune.tune.forkserver import ForkServer
 from sparsek_tune.tune.pool import CompilePool
@@ -138,21 +131,42 @@ def show(**document: object) -> None:
     print(json.dumps(document), flush=True)
 
 
-def main(what: str, *arguments: str) -> None:
-    device = current_device()
+@contextmanager
+def tools() -> Iterator[tuple[Device, CompilePool, Bench]]:
+    device = options.gpu(None)
+    if device is None:
+        raise Fault("there is no GPU here, and winners are measured on one", NO_GPU)
     with ExitStack() as stack:
         server = ForkServer(FACTORY)
         stack.callback(server.close)
         pool = stack.enter_context(CompilePool(FACTORY, timeout=300.0, server=server))
-        bench = stack.enter_context(Bench(FACTORY, timeout=120.0, server=server))
-        if what == "again":
-            run_races(again(device, arguments or ["shipped"]), pool, bench)
-        else:
-            models = [a for a in arguments if not a.isdecimal()]
-            seconds = next((float(a) for a in arguments if a.isdecimal()), 80.0)
-            for model, sets in presets(device, models, seconds):
-                run_preset(model, sets, device, pool, bench)
+        yield device, pool, stack.enter_context(Bench(FACTORY, timeout=120.0, server=server))
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    pass
+
+
+@main.command("again")
+@click.argument("databases", nargs=-1)
+def again_command(databases: tuple[str, ...]) -> None:
+    """Every winner of DATABASES ("shipped", the default: of what is shipped) against the default config and the other
+    files' winners of the same kernel and problem, in one race, beside the first file's winners of the other kernels."""
+    with tools() as (device, pool, bench):
+        run_races(again(device, databases or ("shipped",)), pool, bench)
+
+
+@main.command("presets")
+@click.argument("models", nargs=-1, required=True, type=click.Choice(list(MODELS)))
+@click.option("--seconds", type=options.Number(0, min_open=True), default=80.0, show_default=True, help="Of the run.")
+def presets_command(models: tuple[str, ...], seconds: float) -> None:
+    """A call forward and backward with the default configs, with what is shipped, and with what a run finds that knows
+    nothing of what is shipped."""
+    with tools() as (device, pool, bench):
+        for model, sets in presets(device, models, seconds):
+            run_preset(model, sets, device, pool, bench)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

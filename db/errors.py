@@ -40,27 +40,31 @@ class FullError(DatabaseError):
     """The disk, or a quota, took no more bytes."""
 
 
-_ELSEWHERE = "set SPARSEK_TUNE_CACHE to another file"
+class SnapshotError(DatabaseError):
+    """A snapshot cannot be written where it was to be, or is there already. The database itself is as it should be."""
+
+
+ELSEWHERE = "name another file by --storage or SPARSEK_TUNE_CACHE"
 
 # By primary SQLite result code; an extended code (primary + 256 * detail) wins where it is listed.
 _EXPLAINED: dict[int, tuple[type[DatabaseError], str]] = {
-    sqlite3.SQLITE_CORRUPT: (CorruptError, f"is damaged: move it away, restore a copy, or {_ELSEWHERE}"),
-    sqlite3.SQLITE_NOTADB: (CorruptError, f"is not a SQLite database: move it away or {_ELSEWHERE}"),
-    sqlite3.SQLITE_ERROR: (CorruptError, f"does not hold the tables it should: move it away or {_ELSEWHERE}"),
+    sqlite3.SQLITE_CORRUPT: (CorruptError, f"is damaged: move it away, restore a copy, or {ELSEWHERE}"),
+    sqlite3.SQLITE_NOTADB: (CorruptError, f"is not a SQLite database: move it away or {ELSEWHERE}"),
+    sqlite3.SQLITE_ERROR: (CorruptError, f"does not hold the tables it should: move it away or {ELSEWHERE}"),
     sqlite3.SQLITE_CONSTRAINT: (DatabaseError, "refused the row"),
-    sqlite3.SQLITE_READONLY: (ReadOnlyError, f"cannot be written: mend the permissions or {_ELSEWHERE}"),
-    sqlite3.SQLITE_PERM: (ReadOnlyError, f"cannot be opened: mend the permissions or {_ELSEWHERE}"),
-    sqlite3.SQLITE_CANTOPEN: (ReadOnlyError, f"cannot be opened: mend the path or its permissions, or {_ELSEWHERE}"),
+    sqlite3.SQLITE_READONLY: (ReadOnlyError, f"cannot be written: mend the permissions or {ELSEWHERE}"),
+    sqlite3.SQLITE_PERM: (ReadOnlyError, f"cannot be opened: mend the permissions or {ELSEWHERE}"),
+    sqlite3.SQLITE_CANTOPEN: (ReadOnlyError, f"cannot be opened: mend the path or its permissions, or {ELSEWHERE}"),
     sqlite3.SQLITE_BUSY: (LockedError, "is held by another process: wait for it to end, then start again"),
     sqlite3.SQLITE_LOCKED: (LockedError, "is held by another process: wait for it to end, then start again"),
-    sqlite3.SQLITE_FULL: (FullError, f"has no room to grow: free disk space or {_ELSEWHERE}"),
-    sqlite3.SQLITE_IOERR_WRITE: (FullError, f"has no room to grow: free disk space or quota, or {_ELSEWHERE}"),
-    sqlite3.SQLITE_IOERR_SHMSIZE: (FullError, f"has no room to grow: free disk space or quota, or {_ELSEWHERE}"),
+    sqlite3.SQLITE_FULL: (FullError, f"has no room to grow: free disk space or {ELSEWHERE}"),
+    sqlite3.SQLITE_IOERR_WRITE: (FullError, f"has no room to grow: free disk space or quota, or {ELSEWHERE}"),
+    sqlite3.SQLITE_IOERR_SHMSIZE: (FullError, f"has no room to grow: free disk space or quota, or {ELSEWHERE}"),
 }
 
 
 def explain(path: Path, error: sqlite3.Error) -> DatabaseError:
     """The DatabaseError that says what ``error`` means for the file ``path``."""
     code = getattr(error, "sqlite_errorcode", -1)
-    kind, words = _EXPLAINED.get(code) or _EXPLAINED.get(code & 0xFF) or (DatabaseError, f"failed: {_ELSEWHERE}")
+    kind, words = _EXPLAINED.get(code) or _EXPLAINED.get(code & 0xFF) or (DatabaseError, f"failed: {ELSEWHERE}")
     return kind(f"the database {path} {words} (SQLite: {error})")

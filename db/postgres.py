@@ -77,7 +77,7 @@ class Server:
                 parsed, poolclass=NullPool, connect_args={"connect_timeout": _CONNECT_SECONDS}, hide_parameters=True
             )
         except ModuleNotFoundError as error:
-            raise DatabaseError(f"{self.name} needs psycopg: pip install 'sparsek_tune[postgres]'") from error
+            raise DatabaseError(f"{self.name} needs psycopg: pip install 'sparsek-tune[postgres]'") from error
         self.write = engine.execution_options(schema_translate_map={None: SCHEMA})
         self.read = self.write.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         try:

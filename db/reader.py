@@ -8,11 +8,20 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import stat
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from sparsek_tune.db.errors import CorruptError, DatabaseError, MissingError, NewerSchemaError, explain
+from sparsek_tune.db.errors import (
+    ELSEWHERE,
+    CorruptError,
+    DatabaseError,
+    MissingError,
+    NewerSchemaError,
+    ReadOnlyError,
+    explain,
+)
 from sparsek_tune.problem import Device, Problem
 
 APPLICATION_ID = int.from_bytes(b"SPTK", "big")
@@ -56,8 +65,7 @@ def default_path() -> Path:
                 "SPARSEK_TUNE_CACHE must be a file: commands take a server by --storage, and programs read what "
                 "`sparsek-tune freeze FILE --storage URL` writes"
             )
-        path = Path(os.path.expanduser(chosen))
-        return path / "cache.db" if path.is_dir() or chosen.endswith(os.sep) else path
+        return file_of(chosen)
     xdg = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(xdg):
         return Path(xdg, "sparsek-tune", "cache.db")
@@ -67,9 +75,28 @@ def default_path() -> Path:
     return Path(home, ".cache", "sparsek-tune", "cache.db")
 
 
+def file_of(text: str) -> Path:
+    """The database file that ``text`` names: ``cache.db`` in it where it is a directory, or ends as one."""
+    path = Path(os.path.expanduser(text))
+    return path / "cache.db" if path.is_dir() or text.endswith(os.sep) else path
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file. Raises ReadOnlyError where there is something else."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:  # SQLite will say what
+        return True
+    if not stat.S_ISREG(mode):  # a pipe would be waited for without end
+        raise ReadOnlyError(f"the database {path} is {'a directory' if stat.S_ISDIR(mode) else 'no file'}: {ELSEWHERE}")
+    return True
+
+
 def connect(path: Path) -> sqlite3.Connection:
     """A read-only connection to the database ``path``, checked to be ours. Raises DatabaseError."""
-    if not path.exists():
+    if not is_there(path):
         raise MissingError(f"there is no database {path} yet: `sparsek-tune run` makes it")
     try:
         return _open_checked(path, "mode=ro")
@@ -90,11 +117,11 @@ def schema_version(connection: sqlite3.Connection, path: Path) -> int:
 
     version, tables = ask("PRAGMA user_version"), ask("SELECT count(*) FROM sqlite_master")
     if ask("PRAGMA application_id") != APPLICATION_ID and (version or tables):
-        raise CorruptError(f"the database {path} belongs to another program: set SPARSEK_TUNE_CACHE to another file")
+        raise CorruptError(f"the database {path} belongs to another program: {ELSEWHERE}")
     if version > SCHEMA_VERSION:
         raise NewerSchemaError(
             f"the database {path} has schema {version}, but this version of sparsek-tune knows up to {SCHEMA_VERSION}: "
-            "upgrade sparsek-tune or set SPARSEK_TUNE_CACHE to another file"
+            f"upgrade sparsek-tune or {ELSEWHERE}"
         )
     return version
 

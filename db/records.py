@@ -108,7 +108,10 @@ def _parse(line: str) -> Any:
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is no JSON number")
 
-    document = json.loads(line, parse_constant=refuse, parse_float=_finite, object_pairs_hook=_unique)
+    try:
+        document = json.loads(line.rstrip("\n"), parse_constant=refuse, parse_float=_finite, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"no JSON: {error.msg} at character {error.pos + 1}") from error
     json.dumps(document, ensure_ascii=False).encode()  # half of a surrogate pair is no text: raises ValueError
     return document
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sqlite3
 import time
@@ -12,7 +13,7 @@ from sqlalchemy import Connection, create_engine, event, exc
 from sqlalchemy.pool import NullPool
 
 from sparsek_tune.db import reader
-from sparsek_tune.db.errors import CorruptError, DatabaseError, ReadOnlyError, explain
+from sparsek_tune.db.errors import ELSEWHERE, CorruptError, DatabaseError, ReadOnlyError, explain
 from sparsek_tune.db.reader import BUSY_SECONDS, schema_version
 
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -95,13 +96,11 @@ def prepare(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ReadOnlyError(
-            f"the directory {path.parent} cannot be made ({error.strerror}): set SPARSEK_TUNE_CACHE to another file"
-        ) from error
-    if path.exists() and not path.stat().st_mode & 0o222:  # root could write it all the same
-        raise ReadOnlyError(
-            f"the database {path} may only be read: mend the permissions or set SPARSEK_TUNE_CACHE to another file"
-        )
+        raise ReadOnlyError(f"the directory {path.parent} cannot be made ({error.strerror}): {ELSEWHERE}") from error
+    if reader.is_there(path):
+        with contextlib.suppress(OSError):  # SQLite will say what is wrong
+            if not path.stat().st_mode & 0o222:  # root could write it all the same
+                raise ReadOnlyError(f"the database {path} may only be read: mend the permissions or {ELSEWHERE}")
     try:
         connection = connect(path)
         try:
@@ -142,8 +141,7 @@ def _check(connection: sqlite3.Connection, path: Path) -> None:
     verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if verdict != "ok":
         raise CorruptError(
-            f"the database {path} is damaged: move it away, restore a copy, or set SPARSEK_TUNE_CACHE to another file "
-            f"(SQLite: {verdict})"
+            f"the database {path} is damaged: move it away, restore a copy, or {ELSEWHERE} (SQLite: {verdict})"
         )
 
 

@@ -24,7 +24,7 @@ from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
 from sparsek_tune.db import races, reader
-from sparsek_tune.db.errors import DatabaseError, ReadOnlyError, explain
+from sparsek_tune.db.errors import SnapshotError, explain
 from sparsek_tune.db.records import Record
 from sparsek_tune.db.schema import (
     ConfigRow,
@@ -41,6 +41,7 @@ from sparsek_tune.problem import Device, Problem
 
 _RUN = ("command", "host", "pid", "outcome", "started_at", "finished_at")
 _TEMPLATE = ("name", "source_hash", "space_version")
+_UNWRITABLE = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
 _OWN = ("status", "reason", "median_ms", "ci_low_ms", "ci_high_ms", "samples", "created_at")
 
 
@@ -205,28 +206,30 @@ def snapshot(store: Store, target: Path) -> str:
 
 def freeze(source: Path, target: Path) -> str:
     """Write a snapshot of the database ``source`` to ``target``: one file, whole or not there, that may not be written
-    and needs no other beside it, in any directory. Returns its SHA-256. Raises DatabaseError; an existing file stays.
+    and needs no other beside it, in any directory. Returns its SHA-256. Raises DatabaseError, SnapshotError where it is
+    about ``target``; an existing file stays.
     """
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
             copy = Path(scratch) / "copy.db"
             with closing(reader.connect(source)) as connection:
-                _copy(connection, source, copy)
+                _copy(connection, source, copy, target)
             copy.chmod(0o444)
             digest = hashlib.sha256(copy.read_bytes()).hexdigest()
             os.link(copy, target)  # unlike a rename, replaces nothing
     except FileExistsError as error:
-        raise DatabaseError(f"{target} exists already, and a snapshot is never changed: choose another name") from error
+        raise SnapshotError(f"{target} exists already, and a snapshot is never changed: choose another name") from error
     except OSError as error:
-        raise ReadOnlyError(f"{target} cannot be written: {error.strerror}") from error
+        raise SnapshotError(f"{target} cannot be written: {error.strerror}") from error
     return digest
 
 
-def _copy(connection: sqlite3.Connection, source: Path, copy: Path) -> None:
+def _copy(connection: sqlite3.Connection, source: Path, copy: Path, target: Path) -> None:
     try:
         connection.execute("VACUUM INTO ?", (str(copy),))
         with closing(sqlite3.connect(copy)) as made:
             made.execute("PRAGMA journal_mode = DELETE")
     except sqlite3.Error as error:
-        damaged = error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-        raise explain(source if damaged else copy, error) from error
+        if error.sqlite_errorcode & 0xFF in _UNWRITABLE:
+            raise SnapshotError(f"{target} cannot be written: {error}") from error
+        raise explain(source, error) from error

@@ -10,14 +10,9 @@ import torch
 from torch import Tensor
 
 from .kernel_templates.base import next_pow2
+from .limits import GROUP_MAX, HEAD_MAX, INT_MAX, LENGTH_MAX, QUERY_BYTES_MAX, ROWS_MAX, query_bytes
 from .problem import GATES
 
-INT_MAX = 2**31 - 1  # positions are int32
-HEAD_MAX = 256  # what a tile of the kernels holds
-GROUP_MAX = 64  # query heads per KV head: a tile holds all of them for one query
-QUERY_BYTES_MAX = 32768  # ... in the shared memory of the smallest supported GPU, sizes rounded up to powers of two
-ROWS_MAX = 65535  # batch x KV heads: CUDA's limit for the second and third axis of a grid
-LENGTH_MAX = 2**29  # positions times four are int32
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 
 MOST_PASSED = 4096
@@ -130,11 +125,6 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> 
             f"but has {heads} for {kv_heads}"
         )
     _check_extent("query", batch * kv_heads, n, kind)
-
-
-def query_bytes(group: int, d: int, itemsize: int) -> int:
-    """What the ``group`` query heads of one KV head take in a kernel's tile for one query."""
-    return next_pow2(group) * next_pow2(d) * itemsize
 
 
 def _check_extent(name: str, rows: int, n: int, kind: str) -> None:

@@ -7,10 +7,8 @@ is quick.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,12 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sparsek_tune import __version__, completion, options, reporting, running, sharing, simulation
-from sparsek_tune.bench.arguments import bench_options
-from sparsek_tune.bench.cases import PEERS, Case
-from sparsek_tune.command import BROKEN, INTERRUPTED, NO_GPU, Fault, as_json_option, guarded, print_json
+from sparsek_tune import __version__, benching, completion, options, reporting, running, sharing, simulation
+from sparsek_tune.command import BROKEN, NO_GPU, Fault, as_json_option, guarded, print_json
 from sparsek_tune.options import device_option, shape_options, target_option
-from sparsek_tune.problem import Device
 
 if TYPE_CHECKING:
     from sparsek_tune.db.store import Summary
@@ -99,6 +94,7 @@ def resolve(
 ) -> None:  # fmt: skip
     """Say which config each kernel gets for the given shapes on this GPU (or --target), its grade and why."""
     from sparsek_tune import dispatch
+    from sparsek_tune.db import reader
 
     wanted = options.shapes(models, texts)
     if target is not None and index is not None:
@@ -111,6 +107,8 @@ def resolve(
         plans = [
             (dispatch.resolve(p, device, file), dispatch.explain(p, device, file) if explain else {}) for p in problems
         ]
+        if why := reader.load(file, device.kind, device.cc).reason:
+            click.echo(why, err=True)
     if as_json:
         print_json(device=device.as_dict(), plans=[_plan_document(*plan) for plan in plans])
         return
@@ -172,70 +170,9 @@ def doctor(as_json: bool) -> None:
         sys.exit(BROKEN)
 
 
-@main.command()
-@shape_options
-@bench_options
-@device_option
-@guarded
-def bench(
-    models: tuple[str, ...], texts: tuple[str, ...], distributions: tuple[str, ...], recorded: Path | None,
-    peers: tuple[str, ...], backward: bool, seconds: float, peer_limit: float, seed: int, index: int | None,
-    json_file: Path | None, plot_file: Path | None, sources: tuple[Path, ...],
-) -> None:  # fmt: skip
-    """Time every stage and the whole operator beside dense and sparse attention of others.
-
-    Results are checked against the reference before they are timed. Cold L2, medians, 95 % intervals. Without --shape:
-    lengths from 4096 to 131072 with k=512 and k=1024. A peer that is missing or fails is reported and left out.
-    """
-    from sparsek_tune.bench import arguments, plot, report
-
-    arguments.check_files(json_file, plot_file)
-    if sources and (json_file or models or texts or recorded or peers):
-        raise click.UsageError("--from takes --plot alone: it measures nothing")
-    if sources:
-        document, wrong = arguments.earlier(sources), []
-    else:
-        wanted = arguments.cases_of(models, texts, distributions)
-        settings = {"seconds": seconds, "peer_limit": peer_limit, "seed": seed, "backward": backward}
-        settings["recorded"] = arguments.recording(recorded, wanted)
-        device = options.gpu(index)
-        if device is None:
-            raise Fault("there is no GPU here, and the benchmark needs one", NO_GPU)
-        document = _measure(wanted, device, peers or PEERS, settings, json_file)
-        wrong = report.failures(document)
-    if json_file != arguments.STDOUT:
-        report.show(document)
-    if plot_file is not None:
-        plot.draw(document, plot_file)
-    if wrong:
-        raise Fault("failed: " + "; ".join(wrong), BROKEN, **document)
-    if json_file == arguments.STDOUT:
-        print_json(**document)
-
-
-def _measure(
-    wanted: Sequence[Case], device: Device, peers: Sequence[str], settings: Mapping[str, Any], json_file: Path | None
-) -> dict[str, Any]:
-    """The document of a run; kept up to date in the file, if one is named."""
-    from sparsek_tune.bench import arguments, machine, report
-    from sparsek_tune.bench.peers import BY_NAME
-    from sparsek_tune.bench.run import Bench, Settings
-
-    file = None if json_file == arguments.STDOUT else json_file
-    save = functools.partial(report.write, file) if file else lambda document: None
-    run = Bench(machine.Cuda(device.l2), device, Settings(**settings), functools.partial(click.echo, err=True), save)
-    command = shlex.join(["sparsek-tune", *sys.argv[1:]])
-    try:
-        return run.run(wanted, [BY_NAME[name] for name in dict.fromkeys(peers) if name != "none"], command)
-    except KeyboardInterrupt:
-        kept = f": what was measured is in {file}" if file else ""
-        raise Fault(f"interrupted{kept}", INTERRUPTED, **run.document) from None
-    except OSError as error:
-        raise Fault(f"{file} cannot be written any more: {error}", BROKEN, **run.document) from error
-
-
-for command in (*running.COMMANDS, *sharing.COMMANDS, *reporting.COMMANDS, *simulation.COMMANDS, *completion.COMMANDS):
-    main.add_command(command)
+for module in (running, benching, sharing, reporting, simulation, completion):
+    for command in module.COMMANDS:
+        main.add_command(command)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import click
 
-from sparsek_tune.files import replacing
+from sparsek_tune import files
 
 BROKEN, NO_GPU, DATABASE, NOTHING, INTERRUPTED = 1, 3, 4, 5, 130
 STDIO = Path("-")
@@ -32,9 +32,11 @@ class Fault(click.ClickException):
 
 def fault_of(error: BaseException) -> click.ClickException | None:
     """What a command ends with after ``error``; None where nobody has foreseen it."""
-    from sparsek_tune.db.errors import DatabaseError
+    from sparsek_tune.db.errors import DatabaseError, SnapshotError
     from sparsek_tune.tune.channel import MachineError
 
+    if isinstance(error, SnapshotError):
+        return Fault(str(error), BROKEN)
     if isinstance(error, DatabaseError):
         return Fault(str(error), DATABASE)
     if isinstance(error, MachineError):
@@ -73,16 +75,30 @@ def writing(file: Path) -> Iterator[TextIO]:
     if file == STDIO:
         yield sys.stdout
         return
-    try:
-        if _is_database(file):
+    with told(file):
+        if is_database(file):
             raise click.BadParameter(f"must not be a database, but {file} is one", param_hint="FILE")
-        with replacing(file) as out:
+        with files.replacing(file) as out:
             yield out
+
+
+def check_writable(file: Path) -> None:
+    """What would keep a file from being written is found out before there is anything to write. Raises Fault."""
+    with told(file):
+        files.check_writable(file)
+
+
+@contextmanager
+def told(file: Path) -> Iterator[None]:
+    """An OSError within the block says that ``file`` cannot be written."""
+    try:
+        yield
     except OSError as error:
         raise Fault(f"{file} cannot be written: {error.strerror}", BROKEN) from error
 
 
-def _is_database(file: Path) -> bool:
+def is_database(file: Path) -> bool:
+    """Whether it begins as an SQLite database does. Raises OSError."""
     if not file.is_file():
         return False
     with file.open("rb") as opened:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,7 +12,8 @@ from typing import Any
 
 import click
 
-from sparsek_tune.command import NO_GPU, Fault
+from sparsek_tune.command import NO_GPU, Fault, check_writable
+from sparsek_tune.db import reader
 from sparsek_tune.presets import MODELS, Shape
 from sparsek_tune.presets import shapes as all_shapes
 from sparsek_tune.problem import DTYPES, GATES, TARGETS, Device, current_device, target_device
@@ -40,27 +42,64 @@ class _Storage(click.ParamType):
     name = "storage"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str) or "://" not in value:
-            return Path(value).expanduser()
+        if not isinstance(value, str):
+            return value
+        if not value:
+            self.fail(f"must be a file or {SERVER}USER@HOST/DATABASE, but is empty", param, ctx)
+        if "://" not in value:
+            return reader.file_of(value)
         if not value.startswith(SERVER):
             kind = value.partition("://")[0]
             self.fail(f"must be a file or {SERVER}USER@HOST/DATABASE, but is {kind}://...", param, ctx)
         return value
 
 
+class Number(click.FloatRange):
+    """A number within a range; neither nan, which every comparison lets through, nor infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+def plot_option(what: str) -> Callable[..., Any]:
+    return click.option(
+        "--plot", "plot_file", metavar="FILE", type=click.Path(path_type=Path), help=f"{what} (.png, .svg or .pdf)."
+    )
+
+
+def check_plot(file: Path | None, extra: str) -> None:
+    """What would keep a plot from being drawn is found out before anything takes long. extra: that of this package
+    which brings what is needed. Raises click's errors."""
+    from sparsek_tune.bench import plot
+
+    if file is None:
+        return
+    if file.suffix not in plot.SUFFIXES:
+        raise click.BadParameter(f"must end in {', '.join(plot.SUFFIXES)}, but is {file}", param_hint="--plot")
+    if why := plot.available(extra):
+        raise click.UsageError(f"--plot: {why}")
+    check_writable(file)
+
+
 SERVER = "postgresql+psycopg://"
 STORAGE = "SPARSEK_TUNE_STORAGE"  # an environment variable: a command line, and a password in it, shows to everybody
 storage_option = click.option(
     "--storage", metavar="FILE|URL", type=_Storage(), envvar=STORAGE,
-    help=f"The database: a file, or a server as {SERVER}USER@HOST/DATABASE "
+    help=f"The database: a file (of a directory, cache.db in it), or a server as {SERVER}USER@HOST/DATABASE "
     f"[default: ${STORAGE}, $SPARSEK_TUNE_CACHE, or a file in the user's cache directory].",
 )  # fmt: skip
 
 
 @contextmanager
 def as_file(storage: Path | str | None) -> Iterator[Path | None]:
-    """What --storage names as a file, which is all that the runtime reads: of a server, a snapshot for the while."""
+    """What --storage names as a file, which is all that the runtime reads: of a server, a snapshot for the while.
+    Raises DatabaseError where what is named cannot be read."""
     if storage is None or isinstance(storage, Path):
+        if storage is not None:
+            reader.connect(storage).close()
         yield storage
         return
     from sparsek_tune.db import transfer
@@ -126,12 +165,12 @@ def gpus(text: str) -> dict[int, Device]:
     """The GPUs that --gpus names ("all", "0,2"), by index, in that order."""
     import torch
 
+    parts = [part.strip() for part in text.split(",")]
+    if text != "all" and not all(part.isascii() and part.isdecimal() for part in parts):
+        raise click.BadParameter(f'must be "all" or indices of GPUs such as 0,2, but is {text!r}', param_hint="--gpus")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
         raise Fault("--gpus needs a GPU, and there is none here", NO_GPU)
-    parts = [part.strip() for part in text.split(",")]
-    if text != "all" and not all(part.isdecimal() for part in parts):
-        raise click.BadParameter(f'must be "all" or indices of GPUs such as 0,2, but is {text!r}', param_hint="--gpus")
     indices = range(count) if text == "all" else dict.fromkeys(map(int, parts))
     if (most := max(indices)) >= count:
         raise Fault(f"--gpus must name indices below {count}, but names {most}", NO_GPU)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from sparsek_tune.limits import HEAD_MAX, INT_MAX, LENGTH_MAX, ROWS_MAX, group_max
 from sparsek_tune.problem import DTYPES, GATES, Problem
 
 # (query heads, KV heads, head size), from each model's published configuration: num_attention_heads,
@@ -43,13 +44,18 @@ class Shape:
                 raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
         if self.w < 0:
             raise ValueError(f"w must be at least 0, but is {self.w}")
-        if self.d > 256:
-            raise ValueError(f"d must be at most 256, but is {self.d}")
-        if self.hq % self.hkv:
-            raise ValueError(f"hq must be a multiple of hkv, but is {self.hq} with hkv {self.hkv}")
+        for name, most in (("d", HEAD_MAX), ("n", LENGTH_MAX), ("k", INT_MAX), ("w", INT_MAX)):
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} must be at most {most}, but is {getattr(self, name)}")
         for name, allowed in (("dtype", DTYPES), ("gate", GATES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, but is {getattr(self, name)!r}")
+        if self.hq % self.hkv:
+            raise ValueError(f"hq must be a multiple of hkv, but is {self.hq} with hkv {self.hkv}")
+        if self.hq > (most := group_max(self.d, self.dtype) * self.hkv):
+            raise ValueError(f"hq must be at most {most} at hkv {self.hkv}, d {self.d}, {self.dtype}, but is {self.hq}")
+        if self.b * self.hkv > ROWS_MAX:
+            raise ValueError(f"b must be at most {ROWS_MAX // self.hkv} at hkv {self.hkv}, but is {self.b}")
 
     @property
     def problem(self) -> Problem:
@@ -69,7 +75,7 @@ def parse_fields(text: str) -> dict[str, int | str]:
             raise ValueError(f"{name} is given twice in {text!r}")
         if isinstance(known[name].default, str):
             fields[name] = value
-        elif value.isascii() and value.isdigit():
+        elif value.isascii() and value.removeprefix("-").isdigit():
             fields[name] = int(value)
         else:
             raise ValueError(f"{name} must be a whole number, but is {value!r}")

@@ -123,6 +123,7 @@ def select(scores: Tensor, k: int, window: int) -> Selection:
 
 def _select_rows(u: Tensor, k: int, window: int) -> Selection:
     rows, n = u.shape
+    u = u.contiguous()  # as torch.searchsorted has it
     tau = u.new_full((rows, n), -math.inf)
     tau[:, window:], kept = _scan(u[:, : n - window], k)
     position = torch.arange(n, device=u.device)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     help="Problems that a program had (SPARSEK_TUNE_CAPTURE=FILE), most time first; repeatable.",
 )
 @click.option("--effort", type=click.Choice(list(EFFORTS)), default="default", show_default=True, help="Search length.")
-@click.option("--budget", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Wall time of the run.")
+@click.option("--budget", type=options.Number(0, min_open=True), metavar="SECONDS", help="Wall time of the run.")
 @click.option(
     "--kernel", "kernels", multiple=True, type=click.Choice(FAMILIES),
     help="Tune this kernel alone, beside the others as stored or by default; repeatable [default: all].",
@@ -115,7 +115,7 @@ def run_command(
 @options.target_option
 @options.device_option
 @click.option(
-    "--wait", type=click.FloatRange(0), default=0.0, metavar="SECONDS", help="Wait so long for runs to join.",
+    "--wait", type=options.Number(0), default=0.0, metavar="SECONDS", help="Wait so long for runs to join.",
 )  # fmt: skip
 @click.option(
     "--jobs", type=click.IntRange(1), metavar="N", help="Processes that compile [default: by CPUs and memory]."
@@ -148,6 +148,9 @@ def worker_command(
         device = options.target(target) if target else options.gpu(index)
         if device is None:
             raise Fault("there is no GPU here: name one with --target, such as --target cuda:90", NO_GPU)
+        if not wait:  # a run to join has made its database: a name that is misspelt makes none
+            with Store(storage, read_only=True):
+                pass
         with Store(storage) as store, progress(not (as_lines and sys.stdout.isatty())) as show:
             click.echo(f"{device.name}; database {store.path}", err=True)
             lines.begin(store.path, device, "", None, [])

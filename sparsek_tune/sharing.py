@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sparsek_tune import options
-from sparsek_tune.command import BROKEN, STDIO, Fault, as_json_option, guarded, print_json, writing
+from sparsek_tune.command import (
+    BROKEN,
+    STDIO,
+    Fault,
+    as_json_option,
+    guarded,
+    is_database,
+    print_json,
+    writing,
+)
 
 if TYPE_CHECKING:
     from sparsek_tune.db.records import Record
@@ -59,10 +68,12 @@ def import_command(files: tuple[Path, ...], storage: Path | str | None, as_json:
 
 
 def read_records(file: Path) -> list[Record]:
-    """The records of a file (stdin where it is "-"), checked as a whole. Raises RecordError, or Fault."""
+    """The records of a file (stdin where it is "-"), checked as a whole. Raises RecordError or click's errors."""
     from sparsek_tune.db import records
 
     try:
+        if file != STDIO and is_database(file):
+            raise click.BadParameter(f"{file} is a database: `sparsek-tune merge` takes it", param_hint="FILES")
         with click.open_file("-", encoding="utf-8") if file == STDIO else records.open_text(file) as opened:
             return records.read(opened, str(file))
     except OSError as error:
@@ -85,6 +96,8 @@ def _checked(path: Path) -> list[Record]:
     from sparsek_tune.db.errors import CorruptError
     from sparsek_tune.db.store import Store
 
+    if path.stat().st_size and not is_database(path):
+        raise CorruptError(f"{path} is not a SQLite database; a file of records is for `sparsek-tune import`")
     text = io.StringIO()
     with Store(path, read_only=True) as other:
         try:

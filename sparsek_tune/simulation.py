@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sparsek_tune.command import NOTHING, Fault, as_json_option, guarded, print_json
+from sparsek_tune import options
+from sparsek_tune.command import NOTHING, Fault, as_json_option, guarded, print_json, told
 from sparsek_tune.kernel_templates import FAMILIES
 from sparsek_tune.sharing import RECORDS, read_records
 
@@ -64,10 +65,7 @@ _EARLIER = click.Path(path_type=Path, dir_okay=False, exists=True, readable=True
     "--from", "earlier", multiple=True, metavar="JSON", type=_EARLIER,
     help="Show what --json printed earlier, beside what is replayed now; repeatable.",
 )  # fmt: skip
-@click.option(
-    "--plot", "plot_file", type=click.Path(path_type=Path, dir_okay=False),
-    help="Draw best found against measurements and seconds to this file: .png, .svg or .pdf.",
-)  # fmt: skip
+@options.plot_option("Draw best found against measurements and seconds to this file")
 @as_json_option
 @guarded
 def simulate_command(
@@ -87,7 +85,7 @@ def simulate_command(
 
     if not files and not earlier:
         raise click.UsageError("name a file of records, or an earlier result with --from")
-    _check_plot(plot_file)
+    options.check_plot(plot_file, "simulate")
     names = _installed(names)
     document = _merged([_read(file) for file in earlier])
     if files:
@@ -95,26 +93,12 @@ def simulate_command(
         _simulate(document, found, names, Settings(seeds, trials, ahead, start), jobs or os.cpu_count() or 1)
     document["summary"] = summary(document["results"])
     if plot_file is not None:
-        try:
+        with told(plot_file):
             plot.draw(document, plot_file)
-        except OSError as error:
-            raise Fault(f"{plot_file} cannot be written: {error.strerror}", 1) from error
     if as_json:
         print_json(**document)
     else:
         table.show(document)
-
-
-def _check_plot(file: Path | None) -> None:
-    """Before anything takes long."""
-    from sparsek_tune.bench import plot
-
-    if file is None:
-        return
-    if why := plot.available("simulate"):
-        raise click.UsageError(why)
-    if file.suffix not in plot.SUFFIXES:
-        raise click.BadParameter(f"must end in {', '.join(plot.SUFFIXES)}, but is {file}", param_hint="--plot")
 
 
 def _installed(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
+from database import make
 
 from sparsek_tune import cli, options
 from sparsek_tune.db.store import Measured, Store
@@ -54,7 +55,8 @@ def test_device_that_is_not_there(cache, monkeypatch):
         (("run", "--model", "gpt-9"), "gpt-9"),
         (("run", "--shape", "hq=7,hkv=2"), "hq must be a multiple of hkv"),
         (("run", "--shape", "m=7"), "fields hq"),
-        (("run", "--shape", "n=-5"), "n must be a whole number, but is '-5'"),
+        (("run", "--shape", "n=-5"), "n must be at least 1, but is -5"),
+        (("run", "--shape", "n=1e3"), "n must be a whole number, but is '1e3'"),
         (("run", "--shape", "n=0"), "n must be at least 1, but is 0"),
         (("run", "--shape", "d=512"), "d must be at most 256"),
         (("run", "--shape", "dtype=fp8"), "bf16, fp16, fp32"),
@@ -63,6 +65,12 @@ def test_device_that_is_not_there(cache, monkeypatch):
         (("run", "--target", "cuda:77"), "cuda:90"),
         (("run", "--target", "cuda:90", "--device", "0"), "exclude"),
         (("run", "--budget", "0"), "--budget"),
+        (("run", "--budget", "nan"), "nan is not a finite number"),
+        (("run", "--budget", "inf", "--json"), "inf is not a finite number"),
+        (("worker", "--wait", "nan"), "nan is not a finite number"),
+        (("run", "--gpus", "x"), "\"all\" or indices of GPUs such as 0,2, but is 'x'"),
+        (("run", "--gpus", "0,"), "\"all\" or indices of GPUs such as 0,2, but is '0,'"),
+        (("show", "--storage", ""), "but is empty"),
         (("run", "--effort", "huge"), "quick"),
         (("resolve", "--target", "rocm:90"), "cuda:90"),
     ],
@@ -77,6 +85,23 @@ def test_resolve_needs_a_gpu_or_a_target(monkeypatch, cache):
     monkeypatch.setattr("sparsek_tune.options.gpu", lambda index: None)
     result = invoke("resolve")
     assert result.exit_code == 3 and "--target" in result.stderr
+
+
+def test_a_storage_that_is_named_must_be_there_and_whole(cache, tmp_path):
+    broken, there = tmp_path / "broken.db", tmp_path / "folder" / "cache.db"
+    broken.write_bytes(b"no database" * 1000)
+    for path, words in ((tmp_path / "none.db", "there is no database"), (broken, "is not a SQLite database")):
+        result = invoke("resolve", "--target", "cuda:90", "--storage", str(path))
+        assert result.exit_code == 4 and f"{path}" in result.stderr and words in result.stderr
+        worker = invoke("worker", "--target", "cuda:90", "--storage", str(path))
+        assert worker.exit_code == 4 and words in worker.stderr
+    assert not (tmp_path / "none.db").exists()
+    make(there)
+    assert invoke("show", "--storage", str(there.parent), "--json").exit_code == 0
+    assert invoke("resolve", "--target", "cuda:90", "--storage", str(there.parent)).exit_code == 0
+    cache.write_bytes(broken.read_bytes())  # what programs would use, which go on without it
+    result = invoke("resolve", "--target", "cuda:90")
+    assert result.exit_code == 0 and "is not a SQLite database" in result.stderr and "default" in result.stdout
 
 
 def test_resolve_and_show_what_was_stored(cache):

@@ -157,6 +157,24 @@ def test_a_directory_in_place_of_the_file(path):
     assert reader.load(path, "cuda", 90).broken
 
 
+def test_a_pipe_in_place_of_the_file_is_not_waited_for(path):
+    os.mkfifo(path)
+    kind, message = refusal(path)
+    assert kind == "ReadOnlyError" and "is no file" in message and "--storage or SPARSEK_TUNE_CACHE" in message
+    assert reader.load(path, "cuda", 90).broken and path.is_fifo()
+
+
+def test_a_directory_that_may_not_be_entered(shared_dir):
+    path = make(shared_dir / "cache.db")
+    shared_dir.chmod(0o600)
+    try:
+        kind, message = unprivileged(lambda: refusal(path))
+        assert kind == "ReadOnlyError" and str(path) in message
+        assert unprivileged(lambda: reader.load(path, "cuda", 90)).broken
+    finally:
+        shared_dir.chmod(0o755)
+
+
 def test_a_file_in_place_of_the_directory(path):
     path.touch()
     kind, message = refusal(path / "cache.db")

@@ -288,7 +288,7 @@ def test_psycopg_that_is_missing_is_named(database):
     code = f"import sys; sys.modules['psycopg'] = None\nfrom sparsek_tune.db.store import Store\nStore({database!r})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     last = found.stderr.splitlines()[-1]
-    assert "pip install 'sparsek_tune[postgres]'" in last and PASSWORD not in last
+    assert "pip install 'sparsek-tune[postgres]'" in last and PASSWORD not in last
 
 
 def broken_once(postgres, monkeypatch, times=1):

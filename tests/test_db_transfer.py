@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsek_tune.db import reader, records, transfer
-from sparsek_tune.db.errors import CorruptError, DatabaseError, MissingError, ReadOnlyError
+from sparsek_tune.db.errors import CorruptError, DatabaseError, MissingError, ReadOnlyError, SnapshotError
 from sparsek_tune.db.store import Measured, Store
 from sparsek_tune.kernel_templates.base import Config
 
@@ -290,7 +290,7 @@ def test_what_a_record_must_hold(record, missing):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"format"', "Expecting"),
+        ('{"format"', "line 2: no JSON: Expecting ':' delimiter at character 10; nothing was taken"),
         ("", "Expecting|is empty"),
         ("[" * 100_000, "nested too deeply|Expecting"),
         ('{"a": NaN}', "NaN is no JSON number"),
@@ -351,12 +351,12 @@ def test_a_snapshot_is_never_replaced_and_needs_a_source(path, tmp_path):
     make(path)
     target = tmp_path / "there"
     target.write_text("mine")
-    with pytest.raises(DatabaseError, match="exists already"):
+    with pytest.raises(SnapshotError, match="exists already"):
         transfer.freeze(path, target)
     assert target.read_text() == "mine"
     with pytest.raises(MissingError):
         transfer.freeze(tmp_path / "none.db", tmp_path / "job.db")
-    with pytest.raises(DatabaseError, match="cannot be written"):
+    with pytest.raises(SnapshotError, match="cannot be written"):
         transfer.freeze(path, tmp_path / "no" / "job.db")
     damaged = tmp_path / "damaged.db"
     damaged.write_bytes(path.read_bytes()[:100] + b"\xff" * 8000)

@@ -109,19 +109,20 @@ def test_results_repeat_bit_for_bit():
 # Registration
 
 
+@pytest.mark.parametrize("batch", [2, 1])  # of one, a permuted tensor folds to rows without a copy
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
 @pytest.mark.parametrize("grad", [False, True], ids=["plain", "grad"])
 @pytest.mark.parametrize("name", ["select", "attention", "attention_backward"])
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")  # the Function outside of the ops has it
-def test_opcheck(name, grad, permuted):
+def test_opcheck(name, grad, permuted, batch):
     if name == "select":
-        args = (make(grad=grad, permuted=permuted)[3], 7, 5)
+        args = (make(b=batch, grad=grad, permuted=permuted)[3], 7, 5)
     elif name == "attention":
-        args = attention_args(grad=grad, permuted=permuted)
+        args = attention_args(b=batch, grad=grad, permuted=permuted)
     else:
         args = tuple(
             t.detach().requires_grad_(grad) if isinstance(t, torch.Tensor) and t.is_floating_point() else t
-            for t in backward_args(permuted=permuted)
+            for t in backward_args(b=batch, permuted=permuted)
         )
     torch.library.opcheck(getattr(torch.ops.sparsek, name).default, args)
 
@@ -165,8 +166,8 @@ def layer(query, key, value, scores):
     return sparsek_attention(query * 1.5, key, value, scores, 7, window=5).relu()
 
 
-def run_compiled(compiled, n, permuted):
-    a, b = make(n=n, grad=True, permuted=permuted), make(n=n, grad=True, permuted=permuted)
+def run_compiled(compiled, n, permuted, batch=2):
+    a, b = (make(n=n, b=batch, grad=True, permuted=permuted) for _ in range(2))
     got, expected = compiled(*a), layer(*b)
     assert_close(got, expected)
     got.square().sum().backward()
@@ -186,11 +187,12 @@ def test_one_graph_serves_every_length(permuted):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler on the CPU")
-def test_inductor():
+@pytest.mark.parametrize("batch", [2, 1])
+def test_inductor(batch):
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     for n in LENGTHS[:2]:
-        run_compiled(compiled, n, permuted=True)
+        run_compiled(compiled, n, permuted=True, batch=batch)
 
 
 def test_select_compiles():

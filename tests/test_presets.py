@@ -30,3 +30,21 @@ def test_problem_buckets_length_and_rows_only():
 def test_bad_fields(text):
     with pytest.raises(ValueError):
         parse_fields(text)
+
+
+@pytest.mark.parametrize(
+    "most, beyond, words",
+    [
+        ({"hq": 512, "hkv": 8}, {"hq": 520}, "hq must be at most 512 at hkv 8, d 128, bf16, but is 520"),
+        ({"hq": 32, "hkv": 1, "d": 256, "dtype": "fp32"}, {"hq": 33}, "hq must be at most 32 at hkv 1, d 256, fp32"),
+        ({"b": 8191, "hkv": 8}, {"b": 8192}, "b must be at most 8191 at hkv 8, but is 8192"),
+        ({"n": 2**29}, {"n": 2**29 + 1}, "n must be at most 536870912, but is 536870913"),
+        ({"k": 2**31 - 1}, {"k": 2**31}, "k must be at most 2147483647"),
+        ({"w": 2**31 - 1}, {"w": 2**31}, "w must be at most 2147483647"),
+        ({"d": 256}, {"d": 257}, "d must be at most 256, but is 257"),
+    ],
+)
+def test_what_the_operators_would_refuse_is_no_shape(most, beyond, words):
+    Shape(**most)
+    with pytest.raises(ValueError, match=words):
+        Shape(**{**most, **beyond})

@@ -91,6 +91,19 @@ def test_what_is_missing_is_named(cache, tmp_path):
     assert result.exit_code == 1 and "cannot be written: No such file or directory" in result.stderr
 
 
+def test_files_of_records_and_databases_are_not_taken_for_each_other(cache, tmp_path):
+    make(cache)
+    invoke("export", tmp_path / "shared.jsonl")
+    before = cache.read_bytes()
+    result = invoke("import", cache, "--storage", tmp_path / "new.db")
+    assert result.exit_code == 2 and f"{cache} is a database: `sparsek-tune merge` takes it" in result.stderr
+    result = invoke("merge", tmp_path / "shared.jsonl", "--storage", tmp_path / "new.db")
+    assert result.exit_code == 4 and "a file of records is for `sparsek-tune import`" in result.stderr
+    (tmp_path / "empty.db").touch()  # a database without tables, to SQLite
+    assert invoke("merge", tmp_path / "empty.db", "--storage", tmp_path / "new.db").exit_code == 0
+    assert cache.read_bytes() == before and (tmp_path / "empty.db").read_bytes() == b""
+
+
 def test_an_export_that_fails_leaves_the_file_before(cache, tmp_path, monkeypatch):
     make(cache)
     file = tmp_path / "shared.jsonl"
@@ -118,7 +131,7 @@ def test_a_frozen_database_is_served(cache, tmp_path, monkeypatch):
     shown = json.loads(invoke("show", "--json").stdout)["entries"]
     assert shown[0]["winner"]["config"] == {"BLOCK": 64, "STAGES": 2}
     again = invoke("freeze", tmp_path / "job.db", "--json")
-    assert again.exit_code == 4 and "exists already" in json.loads(again.stdout)["error"]
+    assert again.exit_code == 1 and "exists already" in json.loads(again.stdout)["error"]
 
 
 def test_the_winners_of_an_import_are_served(cache, tmp_path):

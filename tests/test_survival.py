@@ -254,7 +254,7 @@ def test_a_read_only_mount_is_served_but_not_written(tmp_path, monkeypatch):
         assert exported.exit_code == 0 and len(exported.stdout.splitlines()) == 2  # a head and a record
         assert CliRunner().invoke(cli.main, ["freeze", str(tmp_path / "job.db")]).exit_code == 0
         refused = CliRunner().invoke(cli.main, ["freeze", str(disk / "job.db")])
-        assert refused.exit_code == 4 and "cannot be written" in refused.stderr
+        assert refused.exit_code == 1 and f"{disk / 'job.db'} cannot be written" in refused.stderr
         assert {file.name: file.read_bytes() for file in disk.iterdir()} == before
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,18 +13,6 @@ from sparsek_tune.files import replacing
 
 SCHEMA = 2
 Entry = Mapping[str, Any]
-
-
-def check_writable(path: Path) -> None:
-    """Raises OSError, saying why, where a file cannot be written at ``path``. Leaves what is there as it is."""
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"the folder {path.parent} does not exist")
-    if path.exists() and not os.access(path, os.W_OK):
-        raise PermissionError(f"{path} may not be written")
-    with tempfile.TemporaryFile(dir=path.parent):
-        pass
 
 
 def write(path: Path, document: Mapping[str, Any]) -> None:

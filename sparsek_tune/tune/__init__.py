@@ -43,9 +43,9 @@ def tune(
     all), the others as stored or by default; jobs: processes that compile (None: by CPUs and memory); crew: the context
     in which other processes work at this run too, made from its suite and what takes their events; on_event is called
     with each :class:`Event`. Goes on from what the store already holds. Raises ValueError for an unknown effort, target
-    or kernel or a budget <= 0. DatabaseError, ``channel.MachineError`` (a full disk, a GPU that is gone: no candidate
-    could go well) and KeyboardInterrupt pass through after the workers are gone, and everything measured until then is
-    kept.
+    or kernel or a budget that is not above 0 and finite. DatabaseError, ``channel.MachineError`` (a full disk, a GPU
+    that is gone: no candidate could go well) and KeyboardInterrupt pass through after the workers are gone, and
+    everything measured until then is kept.
     """
     from sparsek_tune.tune.tuner import tune as run
 

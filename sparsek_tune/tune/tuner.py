@@ -52,8 +52,8 @@ def tune(
     what is tuned and how a worker sets it up, for tests."""
     if effort not in EFFORTS:
         raise ValueError(f"effort must be one of {', '.join(EFFORTS)}, but is {effort!r}")
-    if budget is not None and not budget > 0:
-        raise ValueError(f"budget must be above 0 seconds, but is {budget}")
+    if budget is not None and not 0 < budget < math.inf:
+        raise ValueError(f"budget must be above 0 seconds and finite, but is {budget}")
     device = target_device(target) if target is not None else device
     if device is None:
         raise ValueError("device must be given where target is None, but is None")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -115,9 +116,6 @@ def test_redrawing_needs_no_gpu(no_gpu, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--json", "{tmp}/no/b.json"), "does not exist"),
-        (("--json", "{tmp}"), "is a folder"),
-        (("--plot", "{tmp}/no/b.png"), "does not exist"),
         (("--plot", "{tmp}/b.txt"), "must end in .png"),
         (("--distribution", "trained"), "needs --recorded"),
         (("--recorded", "{tmp}/none.pt"), "does not exist"),
@@ -126,6 +124,8 @@ def test_redrawing_needs_no_gpu(no_gpu, tmp_path):
         (("--shape", "n=many"), "whole number"),
         (("--peer", "nobody"), "nobody"),
         (("--seconds", "0"), "not in the range"),
+        (("--seconds", "nan"), "not a finite number"),
+        (("--peer-limit", "inf"), "not a finite number"),
         (("--from", "{tmp}/text.pt"), "no JSON document"),
         (("--from", "{tmp}/text.pt", "--json", "{tmp}/x.json"), "--plot alone"),
     ],
@@ -140,9 +140,34 @@ def test_wrong_options_are_found_before_anything_runs(options, words, tmp_path, 
     assert result.exit_code == 2 and words in " ".join(result.stderr.split()), result.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--json", "{tmp}/no/b.json"), "no/b.json cannot be written: No such file or directory"),
+        (("--json", "{tmp}"), "cannot be written: Is a directory"),
+        (("--plot", "{tmp}/no/b.png"), "no/b.png cannot be written: No such file or directory"),
+    ],
+)
+def test_what_cannot_be_written_is_found_before_anything_runs(options, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("sparsek_tune.options.gpu", lambda index: pytest.fail("looked for a GPU"))
+    result = invoke(*TINY, *(o.format(tmp=tmp_path) for o in options))
+    assert result.exit_code == 1 and words in " ".join(result.stderr.split()), result.stderr
+
+
+def test_a_disk_that_is_full_for_the_plot(no_gpu, tmp_path, monkeypatch):
+    report.write(tmp_path / "a.json", document(entry(4096)))
+
+    def draw(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(plot, "draw", draw)
+    result = invoke("--from", tmp_path / "a.json", "--plot", tmp_path / "b.png")
+    assert result.exit_code == 1 and "b.png cannot be written: No space left" in " ".join(result.stderr.split())
+
+
 def test_no_matplotlib_is_found_before_anything_runs(monkeypatch, tmp_path):
     monkeypatch.setattr("sparsek_tune.options.gpu", lambda index: pytest.fail("looked for a GPU"))
-    monkeypatch.setattr(plot, "available", lambda: "matplotlib is not installed")
+    monkeypatch.setattr(plot, "available", lambda extra: "matplotlib is not installed")
     result = invoke(*TINY, "--plot", tmp_path / "b.png")
     assert result.exit_code == 2 and "matplotlib is not installed" in result.stderr
 

@@ -58,20 +58,6 @@ def test_the_file_is_put_in_place_in_one_step(tmp_path, monkeypatch):
     assert report.read(path) == document() and os.listdir(tmp_path) == ["bench.json"]
 
 
-def test_writable_or_not_is_known_before(tmp_path):
-    for path, words in ((tmp_path, "is a folder"), (tmp_path / "no" / "x.json", "does not exist")):
-        with pytest.raises(OSError, match=words):
-            report.check_writable(path)
-    there = tmp_path / "x.json"
-    there.write_text("kept")
-    report.check_writable(there)
-    assert there.read_text() == "kept" and os.listdir(tmp_path) == ["x.json"]
-    if os.geteuid():  # root may write anything
-        there.chmod(0o444)
-        with pytest.raises(PermissionError):
-            report.check_writable(there)
-
-
 @pytest.mark.parametrize(
     ("text", "words"),
     [("{", "is no JSON document"), ("[]", "was not written by"), ('{"cases": []}', "was not written by"),

@@ -8,9 +8,9 @@ import torch
 from triton import knobs
 
 from sparsek_tune import launch
-from sparsek_tune.arguments import QUERY_BYTES_MAX, query_bytes
 from sparsek_tune.kernel_templates import TEMPLATES
 from sparsek_tune.kernel_templates.base import DTYPE_BYTES, Config
+from sparsek_tune.limits import QUERY_BYTES_MAX, query_bytes
 from sparsek_tune.problem import Problem, target_device
 from sparsek_tune.reference import Selection
 from sparsek_tune.tune.compile import kernels_of, use_target

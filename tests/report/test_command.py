@@ -93,6 +93,13 @@ def test_the_page_before_stays_where_the_new_one_fails(cache, file, tmp_path, mo
     assert target.read_text() == "before" and not list(tmp_path.glob(".a.html*"))
 
 
+def test_one_source_alone_is_shown(cache, file, tmp_path, monkeypatch):
+    result = invoke(tmp_path / "a.html", "--from", file, "--storage", make(cache))
+    assert result.exit_code == 2 and "--from and --storage exclude each other" in result.stderr
+    monkeypatch.setenv("SPARSEK_TUNE_STORAGE", str(cache))  # a default
+    assert invoke(tmp_path / "a.html", "--from", file).exit_code == 0
+
+
 def test_bad_records_are_refused_by_line(cache, file, tmp_path):
     file.write_text(file.read_text() + '{"half')
     result = invoke(tmp_path / "a.html", "--from", file)

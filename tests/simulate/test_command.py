@@ -45,6 +45,12 @@ def test_a_document_holds_enough_for_the_table_and_the_plot(file, tmp_path):
     assert alone.exit_code == 0 and "random" in alone.stdout
 
 
+def test_a_plot_that_cannot_be_written_is_found_before_anything_is_replayed(file, tmp_path, monkeypatch):
+    monkeypatch.setattr("sparsek_tune.simulate.run.replays", lambda *_: pytest.fail("replayed"))
+    result = invoke(file, *FEW, "--plot", tmp_path / "no" / "a.png")
+    assert result.exit_code == 1 and "a.png cannot be written: No such file or directory" in result.stderr
+
+
 def test_equal_arguments_give_equal_results_whatever_the_processes(file):
     def results(*options):
         found = json.loads(invoke(file, *FEW, "--strategy", "tpe", "--json", *options).stdout)["results"]

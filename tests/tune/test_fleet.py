@@ -16,6 +16,8 @@ from pathlib import Path
 import event_lines
 import pytest
 
+from sparsek_tune.db.store import Store
+
 FLEET = Path(__file__).parent / "fleet.py"
 SLOW = {"tiles": [8, 512], "faults": ["slow"]}  # seven configs, a fifth of a second each
 
@@ -243,5 +245,9 @@ def test_two_gpus_share_a_suite_on_a_server(fleet, database, postgres):
 
 def test_without_a_run_to_join_a_worker_says_so(fleet):
     fleet = fleet()
+    code, lines, _ = fleet.end(fleet.start("worker"))
+    assert code == 4 and "there is no database" in lines[-1]["error"] and not fleet.database.exists()
+    with Store(fleet.database):
+        pass
     code, lines, _ = fleet.end(fleet.start("worker"))
     assert code == 5 and "no run to join" in lines[-1]["error"]

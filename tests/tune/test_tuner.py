@@ -268,7 +268,9 @@ def test_a_config_that_breaks_the_race_is_dropped(store, monkeypatch):
     ("options", "words"),
     [
         ({"effort": "heroic"}, "effort must be one of quick, default, full.*'heroic'"),
-        ({"budget": 0.0}, r"budget must be above 0 seconds, but is 0\.0"),
+        ({"budget": 0.0}, r"budget must be above 0 seconds and finite, but is 0\.0"),
+        ({"budget": float("nan")}, "finite, but is nan"),
+        ({"budget": float("inf")}, "finite, but is inf"),
         ({"kernels": ["fake", "dv", "dk"]}, "kernels must be of fake, but names dk, dv"),
         ({"target": "cuda:1"}, "target must be one of"),
     ],

@@ -1,0 +1,23 @@
+"""Where files can be written, and where not."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from sparsek_tune import files
+
+
+def test_writable_or_not_is_known_before(tmp_path):
+    for path, kind in ((tmp_path, IsADirectoryError), (tmp_path / "no" / "x.json", FileNotFoundError)):
+        with pytest.raises(kind):
+            files.check_writable(path)
+    there = tmp_path / "x.json"
+    there.write_text("kept")
+    files.check_writable(there)
+    assert there.read_text() == "kept" and os.listdir(tmp_path) == ["x.json"]
+    if os.geteuid():  # root may write anything
+        there.chmod(0o444)
+        with pytest.raises(PermissionError):
+            files.check_writable(there)
