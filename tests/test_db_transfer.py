@@ -231,6 +231,14 @@ def record(tmp_path_factory):
     return exported(make(tmp_path_factory.mktemp("record") / "cache.db"))[0]
 
 
+def test_what_a_server_cannot_hold_is_not_kept_of_a_reason(record, path):
+    failed = {**record, "status": "runtime", "reason": "a\0b", "races": [], "winner": None, "samples": 0}
+    failed |= dict.fromkeys(("median_ms", "ci_low_ms", "ci_high_ms"))
+    with Store(path) as store:
+        transfer.add(store, parsed(text([failed])))
+    assert [r["reason"] for r in exported(path)] == ["a\N{REPLACEMENT CHARACTER}b"]
+
+
 def test_the_record_itself_is_right(record):
     assert parsed(text([record])) == [record]
 

@@ -91,6 +91,8 @@ class Stage:
                 child = subprocess.Popen(["sleep", "600"])  # as ptxas
                 log(f"child fake {child.pid}")
                 child.wait()
+            case "sees":
+                raise ValueError(f"CUDA {os.environ['CUDA_VISIBLE_DEVICES']!r} Triton {os.environ['TRITON_INTERPRET']}")
             case "compiler on a full disk":
                 raise RuntimeError("ptxas fatal: write failed: No space left on device")
             case "compile crash":

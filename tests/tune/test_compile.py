@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +22,8 @@ from sparsek_tune.kernel_templates.base import Config
 from sparsek_tune.problem import Problem, target_device
 from sparsek_tune.tune.compile import kernels_of, later, use_target
 from sparsek_tune.tune.cubin import MOST_STACK, infeasible, resources
-from sparsek_tune.tune.pool import CompilePool, settled
+from sparsek_tune.tune.forkserver import ForkServer
+from sparsek_tune.tune.pool import CompilePool, default_jobs, settled
 from sparsek_tune.tune.stage import FACTORY
 from sparsek_tune.tune.types import Kernel, Spec
 
@@ -50,6 +53,26 @@ def test_candidates_compile_at_the_same_time_and_a_crash_takes_one():
         assert futures[3].result().status == "ok" and time.monotonic() - start < 10
         assert [f.result().status for f in futures] == ["ok", "compile", "timeout", "ok", "compile", "ok"]
         assert "SIGABRT" in futures[1].result().reason and "no such instruction" in futures[4].result().reason
+
+
+def test_compilers_see_no_gpu_and_interpret_nothing(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with closing(ForkServer(faults.FACTORY)) as server:
+        for how in (None, server):
+            with CompilePool(faults.FACTORY, jobs=1, server=how) as pool:
+                reason = pool.submit(SPEC, Config(tile=16, fault="sees")).result().reason
+                assert "CUDA '' Triton 0" in reason, how
+
+
+@pytest.mark.parametrize("cpus, gib, pools, jobs", [
+    (8, 100, 1, 8), (8, 100, 2, 4), (40, 100, 1, 16), (40, 100, 2, 16), (8, 3, 1, 3), (8, 3, 2, 1), (1, 0, 3, 1),
+])  # fmt: skip
+def test_there_are_as_many_compilers_as_cpus_and_memory_allow(monkeypatch, cpus, gib, pools, jobs):
+    real = {"SC_PAGE_SIZE": 4096, "SC_AVPHYS_PAGES": gib << 18}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)))
+    monkeypatch.setattr(os, "sysconf", real.__getitem__)
+    assert default_jobs(pools) == jobs
 
 
 def test_closing_does_not_wait_for_a_hang():

@@ -288,6 +288,40 @@ def test_a_file_that_is_only_busy_is_not_put_aside(database, monkeypatch):
     assert path.exists() and not path.with_name("cache.studies.db.old").exists()
 
 
+def test_a_transaction_begins_as_a_writer(two):
+    """One that began as a reader would be refused where another process wrote meanwhile, however long it waited."""
+    path = two[0].url.removeprefix("sqlite:///")
+    with two[0]._storage.engine.begin() as connection, closing(sqlite3.connect(path, timeout=0)) as other:
+        connection.exec_driver_sql("SELECT * FROM studies")
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            other.execute("BEGIN IMMEDIATE")
+
+
+def test_no_password_shows():
+    with pytest.raises(StudiesError) as error:
+        Studies("postgresql+psycopg://me:secret@127.0.0.1:1/none")
+    assert "me:***@127.0.0.1" in str(error.value) and "secret" not in str(error.value)
+
+
+def test_a_problem_at_which_three_processes_died_is_given_up(two):
+    suite = Suite.create(two[0], D, {"fake": T}, tasks([P], [T]), {"effort": "quick", "seed": 0, "until": None})
+    for _ in range(3):
+        claim, _ = suite.take()
+        suite.give_back(claim)
+    assert suite.take() is None and suite.over() and suite.rows() == []
+
+
+def test_what_lies_ahead_is_counted_in_kernels(two):
+    more, other = faults.template("more", fields=("n",)), P._replace(d=128)
+    work = tasks([P, other], [T, more])
+    suite = Suite.create(two[0], D, {"fake": T, "more": more}, work, {"effort": "quick", "seed": 0, "until": None})
+    assert suite.ahead() == (3, 1)  # two of the first problem and one of the second; nobody drives: as if one did
+    suite.take()
+    assert suite.ahead() == (1, 1) and not suite.over()
+    Suite(two[1], suite.name).take()
+    assert suite.ahead() == (0, 2) and not suite.over()
+
+
 def test_the_log_of_a_file_that_was_put_aside_is_not_the_new_ones(database):
     path = path_beside(database)
     wal = path.with_name(path.name + "-wal")
