@@ -389,7 +389,7 @@ def test_resolve_takes_a_server(database, path):
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["plans"][0]["kernels"]["forward"]["grade"] != "default"
     missing = sparsek("resolve", "--storage", path, "--target", "cuda:90", "--shape", shape, "--json")
-    assert json.loads(missing.stdout)["plans"][0]["kernels"]["forward"]["grade"] == "default"
+    assert missing.exit_code == 4 and f"there is no database {path}" in json.loads(missing.stdout)["error"]
 
 
 def test_every_command_takes_a_server(database, path, monkeypatch):
