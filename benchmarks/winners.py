@@ -13,7 +13,7 @@ from typing import NamedTuple
 import click
 
 from sparsek_tune import dispatch, options
-from sparsek_tune.command import NO_GPU, Fault
+from sparsek_tune.command import NO_GPU, Fault, guarded
 from sparsek_tune.db import reader
 from sparsek_tune.db.store import Store
 from sparsek_tune.kernel_templates import TEMPLATES
@@ -150,6 +150,7 @@ def main() -> None:
 
 @main.command("again")
 @click.argument("databases", nargs=-1)
+@guarded
 def again_command(databases: tuple[str, ...]) -> None:
     """Every winner of DATABASES ("shipped", the default: of what is shipped) against the default config and the other
     files' winners of the same kernel and problem, in one race, beside the first file's winners of the other kernels."""
@@ -160,6 +161,7 @@ def again_command(databases: tuple[str, ...]) -> None:
 @main.command("presets")
 @click.argument("models", nargs=-1, required=True, type=click.Choice(list(MODELS)))
 @click.option("--seconds", type=options.Number(0, min_open=True), default=80.0, show_default=True, help="Of the run.")
+@guarded
 def presets_command(models: tuple[str, ...], seconds: float) -> None:
     """A call forward and backward with the default configs, with what is shipped, and with what a run finds that knows
     nothing of what is shipped."""

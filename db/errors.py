@@ -67,4 +67,4 @@ def explain(path: Path, error: sqlite3.Error) -> DatabaseError:
     """The DatabaseError that says what ``error`` means for the file ``path``."""
     code = getattr(error, "sqlite_errorcode", -1)
     kind, words = _EXPLAINED.get(code) or _EXPLAINED.get(code & 0xFF) or (DatabaseError, f"failed: {ELSEWHERE}")
-    return kind(f"the database {path} {words} (SQLite: {error})")
+    return kind(f"the database {path} {words} (SQLite: {' '.join(str(error).split())})")

@@ -82,14 +82,14 @@ def file_of(text: str) -> Path:
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is a file. Raises ReadOnlyError where there is something else."""
+    """Whether there is a file. Raises ReadOnlyError where there is a directory or a pipe."""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError:  # SQLite will say what
         return True
-    if not stat.S_ISREG(mode):  # a pipe would be waited for without end
+    if stat.S_ISDIR(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):  # a pipe would be waited for without end
         raise ReadOnlyError(f"the database {path} is {'a directory' if stat.S_ISDIR(mode) else 'no file'}: {ELSEWHERE}")
     return True
 

@@ -41,7 +41,10 @@ from sparsek_tune.problem import Device, Problem
 
 _RUN = ("command", "host", "pid", "outcome", "started_at", "finished_at")
 _TEMPLATE = ("name", "source_hash", "space_version")
-_UNWRITABLE = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
+_UNWRITABLE = (  # of the file that is written; by primary code, or extended
+    sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR_WRITE,
+    sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC, sqlite3.SQLITE_IOERR_TRUNCATE,
+)  # fmt: skip
 _OWN = ("status", "reason", "median_ms", "ci_low_ms", "ci_high_ms", "samples", "created_at")
 
 
@@ -227,9 +230,7 @@ def freeze(source: Path, target: Path) -> str:
 def _copy(connection: sqlite3.Connection, source: Path, copy: Path, target: Path) -> None:
     try:
         connection.execute("VACUUM INTO ?", (str(copy),))
-        with closing(sqlite3.connect(copy)) as made:
-            made.execute("PRAGMA journal_mode = DELETE")
     except sqlite3.Error as error:
-        if error.sqlite_errorcode & 0xFF in _UNWRITABLE:
+        if not {error.sqlite_errorcode, error.sqlite_errorcode & 0xFF}.isdisjoint(_UNWRITABLE):
             raise SnapshotError(f"{target} cannot be written: {error}") from error
         raise explain(source, error) from error

@@ -132,7 +132,7 @@ def bench_command(
     if json_file != STDIO:
         report.show(document)
     if plot_file is not None:
-        with told(plot_file):
+        with told(plot_file, **document):
             plot.draw(document, plot_file)
     if wrong:
         raise Fault("failed: " + "; ".join(wrong), BROKEN, **document)

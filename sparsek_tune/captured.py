@@ -20,7 +20,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsek_tune.files import replacing
+from sparsek_tune.files import check_writable, replacing
+from sparsek_tune.kernel_templates.base import next_pow2
+from sparsek_tune.limits import HEAD_MAX, LENGTH_MAX, ROWS_MAX, group_max
 from sparsek_tune.problem import DTYPES, GATES, Problem
 
 FORMAT, VERSION = "sparsek-tune-captured", 1
@@ -77,11 +79,11 @@ def capture(path: str | os.PathLike[str] | None = None) -> Iterator[Captured]:
 
     path: a JSON file that the counts are added to; made where it is missing. Yields what was counted (``.counts``). A
     CUDA graph counts when it is captured, not when it is replayed. Blocks nest. Raises ValueError or OSError where
-    ``path`` is another kind of file or cannot be read.
+    ``path`` is another kind of file, or cannot be read or written.
     """
     captured = Captured(None if path is None else Path(path))
-    if captured.path is not None and captured.path.exists():
-        read(captured.path)
+    if captured.path is not None:
+        _check(captured.path)
     active.append(captured)
     try:
         yield captured
@@ -94,6 +96,10 @@ def start() -> None:
     """Count until the process ends, where the environment says so. Called when the operators are imported."""
     if path := os.environ.get(VARIABLE):
         captured = Captured(Path(path))
+        try:
+            _check(Path(path))
+        except (OSError, ValueError) as error:
+            warnings.warn(f"sparsek_tune: problems will not be captured in {path}: {error}", stacklevel=2)
         active.append(captured)
         atexit.register(captured.save)
 
@@ -107,8 +113,12 @@ def note(problem: Problem, kind: str) -> None:
 
 def read(path: Path) -> dict[Problem, dict[str, int]]:
     """What was counted into a file. Raises ValueError, saying what is wrong, and OSError."""
+    if path.exists() and not path.is_file():  # a pipe or a device might never end
+        raise ValueError(f"{path} is no file of captured problems")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(document, dict):
+            raise ValueError("it holds no object")
         if document["format"] != FORMAT or document["version"] != VERSION:
             raise ValueError(f"format must be {FORMAT} {VERSION}, but is {document['format']} {document['version']}")
         return {_problem(entry["problem"]): _passes(entry) for entry in document["problems"]}
@@ -135,6 +145,10 @@ def _problem(fields: Any) -> Problem:
         raise ValueError(f"numbers must be whole and, but for w, above 0, but are {numbers}")
     if problem.dtype not in DTYPES or problem.gate not in GATES:
         raise ValueError(f"there is no problem of dtype {problem.dtype!r} and gate {problem.gate!r}")
+    most = {"d": HEAD_MAX, "g": group_max(problem.d, problem.dtype), "n": LENGTH_MAX, "rows": next_pow2(ROWS_MAX)}
+    for name, limit in most.items():
+        if getattr(problem, name) > limit:
+            raise ValueError(f"{name} must be at most {limit}, but is {getattr(problem, name)}")
     rounded = Problem.of(*problem)
     if rounded != problem:
         raise ValueError(f"n and rows must be powers of two, but are {problem.n} and {problem.rows}")
@@ -146,6 +160,13 @@ def _passes(entry: Any) -> dict[str, int]:
     if not all(type(x) is int and 0 <= x < 2**63 for x in counts.values()):
         raise ValueError(f"counts must be whole and not below 0, but are {counts}")
     return counts
+
+
+def _check(path: Path) -> None:
+    """Raises ValueError or OSError where nothing can be added to the file ``path``."""
+    if path.exists():
+        read(path)
+    check_writable(path)
 
 
 def _add(path: Path, more: Counter[tuple[Problem, str]]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sparsek_tune import __version__, benching, completion, options, reporting, running, sharing, simulation
-from sparsek_tune.command import BROKEN, NO_GPU, Fault, as_json_option, guarded, print_json
+from sparsek_tune.command import BROKEN, DATABASE, NO_GPU, Fault, as_json_option, guarded, print_json
 from sparsek_tune.options import device_option, shape_options, target_option
 
 if TYPE_CHECKING:
@@ -25,7 +26,25 @@ if TYPE_CHECKING:
     from sparsek_tune.dispatch import Candidate, Plan
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Program(click.Group):
+    """Says that the output cannot be written, as to a full disk; a reader that is gone is click's."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            try:
+                return super().main(*arguments, **options)
+            finally:
+                if sys.stdout is not None:
+                    sys.stdout.flush()
+        except OSError as error:
+            if error.filename is not None:  # no stream's
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again at its end
+            click.echo(f"Error: the output cannot be written: {error.strerror}", err=True)
+            sys.exit(BROKEN)
+
+
+@click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="sparsek-tune")
 def main() -> None:
     """Tune SparseK attention kernels for this GPU, and look at what was found.
@@ -92,7 +111,10 @@ def resolve(
     models: tuple[str, ...], texts: tuple[str, ...], target: str | None, index: int | None, storage: Path | str | None,
     explain: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Say which config each kernel gets for the given shapes on this GPU (or --target), its grade and why."""
+    """Say which config each kernel gets for the given shapes on this GPU (or --target), its grade and why.
+
+    A cache that cannot be read is told and passed over, as by programs; a --storage that cannot ends with exit code 4.
+    """
     from sparsek_tune import dispatch
     from sparsek_tune.db import reader
 
@@ -107,8 +129,11 @@ def resolve(
         plans = [
             (dispatch.resolve(p, device, file), dispatch.explain(p, device, file) if explain else {}) for p in problems
         ]
-        if why := reader.load(file, device.kind, device.cc).reason:
-            click.echo(why, err=True)
+        stored = reader.load(file, device.kind, device.cc)
+        if stored.broken and storage is not None:
+            raise Fault(stored.reason, DATABASE)
+        if stored.reason:
+            click.echo(stored.reason, err=True)
     if as_json:
         print_json(device=device.as_dict(), plans=[_plan_document(*plan) for plan in plans])
         return
@@ -152,8 +177,9 @@ def _verdict(candidate: Candidate, place: int) -> str:
 
 
 @main.command()
+@options.storage_option
 @as_json_option
-def doctor(as_json: bool) -> None:
+def doctor(storage: Path | str | None, as_json: bool) -> None:
     """Look at GPU, driver, versions and database; say what is missing and how to mend it.
 
     Exits with 1 if something is broken. That there is no GPU, or no database yet, is not.
@@ -161,7 +187,7 @@ def doctor(as_json: bool) -> None:
     from sparsek_tune.display import table
     from sparsek_tune.doctor import examine
 
-    findings = examine()
+    findings = examine(storage)
     if as_json:
         print_json(findings=[f._asdict() for f in findings])
     else:

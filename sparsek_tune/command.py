@@ -17,6 +17,7 @@ from sparsek_tune import files
 BROKEN, NO_GPU, DATABASE, NOTHING, INTERRUPTED = 1, 3, 4, 5, 130
 STDIO = Path("-")
 _SQLITE = b"SQLite format 3\0"
+_COMPANIONS = ("-wal", "-shm", "-journal")
 
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
 
@@ -76,25 +77,36 @@ def writing(file: Path) -> Iterator[TextIO]:
         yield sys.stdout
         return
     with told(file):
-        if is_database(file):
-            raise click.BadParameter(f"must not be a database, but {file} is one", param_hint="FILE")
+        check_no_database(file)
         with files.replacing(file) as out:
             yield out
 
 
 def check_writable(file: Path) -> None:
-    """What would keep a file from being written is found out before there is anything to write. Raises Fault."""
+    """What would keep a file from being written is found out before there is anything to write. Raises click's errors,
+    Fault among them."""
     with told(file):
+        check_no_database(file)
         files.check_writable(file)
 
 
+def check_no_database(file: Path) -> None:
+    """Raises BadParameter where ``file`` is a database, or belongs to one: what it has committed may be in its log
+    alone."""
+    real = file.resolve()
+    for name in (real, *(Path(str(real).removesuffix(end)) for end in _COMPANIONS if real.name.endswith(end))):
+        if is_database(name):
+            what = "a database" if name == real else f"part of the database {name}"
+            raise click.BadParameter(f"must not be a database, but {file} is {what}", param_hint="FILE")
+
+
 @contextmanager
-def told(file: Path) -> Iterator[None]:
-    """An OSError within the block says that ``file`` cannot be written."""
+def told(file: Path, **results: Any) -> Iterator[None]:
+    """An OSError within the block says that ``file`` cannot be written. results: as in Fault."""
     try:
         yield
     except OSError as error:
-        raise Fault(f"{file} cannot be written: {error.strerror}", BROKEN) from error
+        raise Fault(f"{file} cannot be written: {error.strerror or error}", BROKEN, **results) from error
 
 
 def is_database(file: Path) -> bool:

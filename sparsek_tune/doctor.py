@@ -34,9 +34,11 @@ class Finding(NamedTuple):
     mend: str = ""
 
 
-def examine() -> list[Finding]:
-    """Look at Python, the packages, the GPU, the compilers, the database and the shipped configs; changes nothing."""
-    return [finding for subject, look in LOOKS.items() for finding in _safely(subject, look)]
+def examine(storage: Path | str | None = None) -> list[Finding]:
+    """Look at Python, the packages, the GPU, the compilers, the database (``storage``; None: the default file) and the
+    shipped configs; changes nothing."""
+    looks = LOOKS | {"database": lambda: _database(storage)}
+    return [finding for subject, look in looks.items() for finding in _safely(subject, look)]
 
 
 def _safely(subject: str, look: Callable[[], Iterator[Finding]]) -> list[Finding]:
@@ -123,18 +125,20 @@ def _compilers() -> Iterator[Finding]:
     yield Finding("Triton cache", "ok" if ok else "broken", f"{cache}{'' if ok else ' cannot be written'}", mend)
 
 
-def _database() -> Iterator[Finding]:
+def _database(storage: Path | str | None = None) -> Iterator[Finding]:
     from sparsek_tune.db import errors
     from sparsek_tune.db.reader import default_path
     from sparsek_tune.db.store import Store
 
-    elsewhere = "mend the permissions, or set SPARSEK_TUNE_CACHE to another file"
+    elsewhere = f"mend the permissions, or {errors.ELSEWHERE}"
     try:
-        path = default_path()
+        path = storage or default_path()
         with Store(path, read_only=True) as store:
-            entries = store.winners()
-    except errors.MissingError:
-        if _writable(path.parent):
+            entries, name = store.winners(), store.path
+    except errors.MissingError as error:
+        if isinstance(path, str):
+            yield Finding("database", "note", str(error))
+        elif _writable(path.parent):
             yield Finding("database", "note", f"{path} does not exist yet", "run `sparsek-tune run`")
         else:
             yield Finding("database", "broken", f"{path} does not exist and cannot be made", elsewhere)
@@ -142,8 +146,8 @@ def _database() -> Iterator[Finding]:
     except errors.DatabaseError as error:
         yield Finding("database", "broken", str(error), "see there; until then the default configs are used")
         return
-    found = f"{path}: {len(entries)} tuned kernels"
-    if os.access(path, os.W_OK) and _writable(path.parent):
+    found = f"{name}: {len(entries)} tuned kernels"
+    if isinstance(path, str) or (os.access(path, os.W_OK) and _writable(path.parent)):
         yield Finding("database", "ok", found)
     else:
         yield Finding("database", "note", f"{found}, read only", f"to tune, {elsewhere}")

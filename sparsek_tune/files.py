@@ -19,8 +19,7 @@ def replacing(path: Path) -> Iterator[TextIO]:
         with path.open("w", encoding="utf-8") as file:
             yield file
         return
-    path = Path(os.path.realpath(path))
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    path, (handle, name) = _beside(path)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             yield file
@@ -32,13 +31,22 @@ def replacing(path: Path) -> Iterator[TextIO]:
 
 
 def check_writable(path: Path) -> None:
-    """Raises OSError, saying why, where no file can be written at ``path``. Leaves what is there as it is."""
+    """Raises OSError, saying why, where :func:`replacing` would fail. Leaves what is there as it is."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if path.exists() and not os.access(path, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-    with tempfile.TemporaryFile(dir=path.parent):
-        pass
+    if path.exists() and not path.is_file():
+        return
+    _, (handle, name) = _beside(path)
+    os.close(handle)
+    os.unlink(name)
+
+
+def _beside(path: Path) -> tuple[Path, tuple[int, str]]:
+    """Where ``path`` leads to, and a new file in the same folder: descriptor and name."""
+    path = Path(os.path.realpath(path))
+    return path, tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
 
 
 def _umask() -> int:

@@ -8,9 +8,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
 from sparsek_tune.command import NO_GPU, Fault, check_writable
 from sparsek_tune.db import reader
@@ -40,6 +41,11 @@ class _Storage(click.ParamType):
     """A Path, or the URL of a server as text."""
 
     name = "storage"
+
+    def fail(self, message: str, param: click.Parameter | None = None, ctx: click.Context | None = None) -> NoReturn:
+        given = ctx and param and param.name and ctx.get_parameter_source(param.name)
+        hint = STORAGE if given == ParameterSource.ENVIRONMENT else None
+        raise click.BadParameter(message, ctx, param, hint)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not isinstance(value, str):

@@ -44,7 +44,7 @@ class Shape:
                 raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
         if self.w < 0:
             raise ValueError(f"w must be at least 0, but is {self.w}")
-        for name, most in (("d", HEAD_MAX), ("n", LENGTH_MAX), ("k", INT_MAX), ("w", INT_MAX)):
+        for name, most in (("d", HEAD_MAX), ("hkv", ROWS_MAX), ("n", LENGTH_MAX), ("k", INT_MAX), ("w", INT_MAX)):
             if getattr(self, name) > most:
                 raise ValueError(f"{name} must be at most {most}, but is {getattr(self, name)}")
         for name, allowed in (("dtype", DTYPES), ("gate", GATES)):
@@ -75,7 +75,7 @@ def parse_fields(text: str) -> dict[str, int | str]:
             raise ValueError(f"{name} is given twice in {text!r}")
         if isinstance(known[name].default, str):
             fields[name] = value
-        elif value.isascii() and value.removeprefix("-").isdigit():
+        elif value.isascii() and value.removeprefix("-").isdigit() and len(value) < 20:
             fields[name] = int(value)
         else:
             raise ValueError(f"{name} must be a whole number, but is {value!r}")

@@ -26,7 +26,18 @@ if TYPE_CHECKING:
 
 _FILE = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
 RECORDS = click.Path(path_type=Path, dir_okay=False, allow_dash=True, exists=True, readable=True)
-_DATABASE = click.Path(path_type=Path, dir_okay=False, exists=True)
+
+
+class _Database(click.Path):
+    """An existing file; no URL, which might have a password in it, is shown."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if "://" in str(value):
+            self.fail("must be files: what a server holds comes by `export --storage` and `import`", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+_DATABASE = _Database(path_type=Path, dir_okay=False, exists=True)
 
 
 @click.command("export")
@@ -73,7 +84,7 @@ def read_records(file: Path) -> list[Record]:
 
     try:
         if file != STDIO and is_database(file):
-            raise click.BadParameter(f"{file} is a database: `sparsek-tune merge` takes it", param_hint="FILES")
+            raise click.UsageError(f"{file} is a database, no file of records: `export` writes them, `merge` takes it")
         with click.open_file("-", encoding="utf-8") if file == STDIO else records.open_text(file) as opened:
             return records.read(opened, str(file))
     except OSError as error:

@@ -93,7 +93,7 @@ def simulate_command(
         _simulate(document, found, names, Settings(seeds, trials, ahead, start), jobs or os.cpu_count() or 1)
     document["summary"] = summary(document["results"])
     if plot_file is not None:
-        with told(plot_file):
+        with told(plot_file, **document):
             plot.draw(document, plot_file)
     if as_json:
         print_json(**document)

@@ -1,5 +1,6 @@
 """Problems that a program has are counted, kept whatever happens, and tuned in the order of their time."""
 
+import atexit
 import json
 import os
 import signal
@@ -139,7 +140,7 @@ def changed(**fields):
     ("document", "words"),
     [
         ("{", "Expecting"),
-        ("[]", "indices must be"),
+        ("[]", "it holds no object"),
         ({}, "'format' is missing"),
         ({**GOOD, "version": 2}, "format must be"),
         (changed(forward=-1), "counts must be whole"),
@@ -148,6 +149,10 @@ def changed(**fields):
         (changed(problem={**SMALL._asdict(), "k": 0}), "above 0"),
         (changed(problem={**SMALL._asdict(), "k": True}), "must be whole"),
         (changed(problem={**SMALL._asdict(), "dtype": "int8"}), "no problem of dtype 'int8'"),
+        (changed(problem={**SMALL._asdict(), "d": 512}), "d must be at most 256, but is 512"),
+        (changed(problem={**SMALL._asdict(), "g": 65}), "g must be at most 64, but is 65"),
+        (changed(problem={**SMALL._asdict(), "rows": 1 << 17}), "rows must be at most 65536"),
+        (changed(problem={**SMALL._asdict(), "n": 1 << 30}), "n must be at most 536870912"),
         (changed(problem={"d": 1}), "missing 7 required"),
     ],
 )
@@ -161,6 +166,20 @@ def test_files_that_are_no_captures(tmp_path, document, words):
         pass
     result = CliRunner().invoke(cli.main, ["run", "--target", "cuda:90", "--captured", str(path)])
     assert result.exit_code == 2 and "--captured" in result.stderr and path.read_text() == before
+
+
+def test_where_nothing_can_be_captured_is_said_at_once(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in ((tmp_path / "pipe", ValueError), (tmp_path / "no" / "a", OSError), (tmp_path, ValueError)):
+        with pytest.raises(kind), sparsek_tune.capture(path):
+            pytest.fail("the block ran")
+        monkeypatch.setenv("SPARSEK_TUNE_CAPTURE", str(path))
+        with pytest.warns(UserWarning, match="will not be captured"):
+            captured.start()
+        mine = captured.active.pop()
+        atexit.unregister(mine.save)
+        with pytest.warns(UserWarning, match="are not captured"):  # and the program goes on
+            mine.note(SMALL, "forward")
 
 
 def test_the_most_time_goes_first():

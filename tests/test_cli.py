@@ -100,6 +100,10 @@ def test_a_storage_that_is_named_must_be_there_and_whole(cache, tmp_path):
     assert invoke("show", "--storage", str(there.parent), "--json").exit_code == 0
     assert invoke("resolve", "--target", "cuda:90", "--storage", str(there.parent)).exit_code == 0
     cache.write_bytes(broken.read_bytes())  # what programs would use, which go on without it
+    damaged = make(tmp_path / "damaged.db")
+    damaged.write_bytes(damaged.read_bytes()[:4096] + b"\xff" * 60000)
+    result = invoke("resolve", "--target", "cuda:90", "--storage", str(damaged))
+    assert result.exit_code == 4 and "is damaged" in result.stderr
     result = invoke("resolve", "--target", "cuda:90")
     assert result.exit_code == 0 and "is not a SQLite database" in result.stderr and "default" in result.stdout
 
@@ -164,6 +168,30 @@ def test_doctor(cache):
     cache.write_bytes(b"junk" * 1000)
     broken = invoke("doctor")
     assert broken.exit_code == 1 and "SPARSEK_TUNE_CACHE" in broken.stdout
+
+
+def test_doctor_looks_at_the_storage_that_commands_use(cache, tmp_path, monkeypatch):
+    def database():
+        return {f["subject"]: f for f in json.loads(invoke("doctor", "--json").stdout)["findings"]}["database"]
+
+    make(tmp_path / "other.db")
+    monkeypatch.setenv("SPARSEK_TUNE_STORAGE", str(tmp_path / "other.db"))
+    assert database()["level"] == "ok" and f"{tmp_path / 'other.db'}: 1 tuned" in database()["found"]
+    monkeypatch.setenv("SPARSEK_TUNE_STORAGE", "postgresql+psycopg://me:secret@127.0.0.1:1/none")
+    assert database()["level"] == "broken" and "secret" not in database()["found"]
+    monkeypatch.setenv("SPARSEK_TUNE_STORAGE", "mysql://me:secret@host/none")
+    result = invoke("doctor")
+    assert result.exit_code == 2 and "SPARSEK_TUNE_STORAGE" in result.stderr and "secret" not in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["show"], ["show", "--json"], ["export", "-"], ["doctor"]])
+def test_an_output_that_cannot_be_written_is_told(cache, arguments):
+    make(cache)
+    command = [sys.executable, "-m", "sparsek_tune.cli", *arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1] == "Error: the output cannot be written: No space left on device"
 
 
 def test_doctor_names_a_missing_and_an_old_package(cache, monkeypatch):

@@ -101,3 +101,27 @@ def test_a_process_that_ends_by_itself_is_told_of(monkeypatch):
     assert [event.message for event in events] == [
         "the process of GPU 1 ended (no such GPU); the run goes on without it"
     ]
+
+
+def test_processes_of_another_model_are_waited_for_however_long_their_work_takes(monkeypatch):
+    monkeypatch.setattr(crew, "_LAST", 0.1)
+    hands = make(monkeypatch, "import time; time.sleep(1.0)", {1: OTHER})
+    with hands(Suite(), print):
+        pass
+    assert [hand._process.returncode for hand in hands._hands] == [0]
+
+
+def test_who_ends_by_an_interrupt_is_not_told_of(monkeypatch, tmp_path):
+    ready, events = tmp_path / "ready", []
+    program = (
+        f"import pathlib, time\ntry:\n    pathlib.Path({str(ready)!r}).touch(); time.sleep(600)\n"
+        "except KeyboardInterrupt:\n    raise SystemExit(130)"
+    )
+    hands = make(monkeypatch, program, {1: ONE})
+    with pytest.raises(KeyboardInterrupt), hands(Suite(), events.append):
+        end = time.monotonic() + 30
+        while not ready.exists():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+    assert [hand._process.returncode for hand in hands._hands] == [130] and events == []

@@ -210,3 +210,18 @@ def test_a_migration_that_fails_leaves_no_trace(path, monkeypatch):
     monkeypatch.undo()
     make(path)
     assert count(path) == 1
+
+
+def test_a_measurement_of_no_run_is_refused(path):
+    make(path)
+    with Store(path) as store:
+        before = len(store.measurements(DEVICE, TEMPLATE, PROBLEM))
+        with pytest.raises(errors.DatabaseError):
+            store.record(DEVICE, TEMPLATE, PROBLEM, CONFIG, OK, 999)
+        assert len(store.measurements(DEVICE, TEMPLATE, PROBLEM)) == before
+
+
+def test_winners_of_another_kind_of_gpu_are_not_read(path):
+    make(path)
+    assert len(reader.load(path, "cuda", 90).entries) == 1
+    assert reader.load(path, "hip", 90).entries == reader.load(path, "hip", None).entries == ()

@@ -411,3 +411,28 @@ def test_ranks_of_a_job_resolve_alike(path, tmp_path):
     one, two = ((tmp_path / f"rank.py.{rank}").read_text() for rank in (0, 1))
     assert one == two
     assert json.loads(one)["forward"][0] == "exact" and json.loads(one)["forward"][1]["num_warps"] == 8
+
+
+def test_damage_that_copying_meets_is_the_databases_not_the_snapshots(path, tmp_path):
+    make(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4096] + b"\xff" * 4096)
+    with pytest.raises(CorruptError, match="is damaged"):
+        transfer.freeze(path, tmp_path / "job.db")
+    assert not (tmp_path / "job.db").exists()
+
+
+@pytest.mark.parametrize(("code", "kind"), [
+    (sqlite3.SQLITE_IOERR_READ, DatabaseError), (sqlite3.SQLITE_IOERR_WRITE, SnapshotError),
+    (sqlite3.SQLITE_FULL, SnapshotError),
+])  # fmt: skip
+def test_what_fails_is_said_of_the_file_that_fails(path, tmp_path, code, kind):
+    class Broken:
+        def execute(self, *_):
+            error = sqlite3.OperationalError("disk I/O error")
+            error.sqlite_errorcode = code
+            raise error
+
+    with pytest.raises(DatabaseError) as error:
+        transfer._copy(Broken(), path, tmp_path / "copy.db", tmp_path / "job.db")
+    assert type(error.value) is kind and str(path if kind is DatabaseError else "job.db") in str(error.value)

@@ -459,3 +459,20 @@ def test_resolving_loads_no_sqlalchemy_optuna_or_click(tmp_path):
     assert out[0] == "default"
     assert "sqlite3" in out
     assert not {"sqlalchemy", "optuna", "click"} & set(out)
+
+
+def test_what_was_recorded_under_an_override_is_not_replayed_after_it():
+    before = dispatch.generation
+    with dispatch.override({}):
+        within = dispatch.generation
+        with dispatch.override({}):
+            assert dispatch.generation not in (before, within)
+            deeper = dispatch.generation
+        assert dispatch.generation not in (before, within, deeper)
+    assert len({before, within, deeper, dispatch.generation}) == 4
+
+
+def test_what_was_recorded_before_a_clear_is_not_replayed_after_it():
+    before = dispatch.generation
+    dispatch.clear()
+    assert dispatch.generation != before

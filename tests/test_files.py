@@ -17,6 +17,14 @@ def test_writable_or_not_is_known_before(tmp_path):
     there.write_text("kept")
     files.check_writable(there)
     assert there.read_text() == "kept" and os.listdir(tmp_path) == ["x.json"]
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    files.check_writable(pipe)  # replacing() writes to it as it is
+    link.symlink_to(tmp_path / "no" / "y.json")
+    with pytest.raises(FileNotFoundError):
+        files.check_writable(link)
+    with pytest.raises(OSError, match="File name too long"):
+        files.check_writable(tmp_path / ("x" * 250))
     if os.geteuid():  # root may write anything
         there.chmod(0o444)
         with pytest.raises(PermissionError):

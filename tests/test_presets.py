@@ -26,7 +26,7 @@ def test_problem_buckets_length_and_rows_only():
     assert (p.n, p.rows, p.g, p.k, p.w) == (8192, 16, 2, 1000, 300)
 
 
-@pytest.mark.parametrize("text", ["n", "n=", "n=1.5", "n=1e3", "foo=1", "n=²"])
+@pytest.mark.parametrize("text", ["n", "n=", "n=1.5", "n=1e3", "n=" + "9" * 5000, "n=--1", "foo=1", "n=²"])
 def test_bad_fields(text):
     with pytest.raises(ValueError):
         parse_fields(text)
@@ -38,6 +38,7 @@ def test_bad_fields(text):
         ({"hq": 512, "hkv": 8}, {"hq": 520}, "hq must be at most 512 at hkv 8, d 128, bf16, but is 520"),
         ({"hq": 32, "hkv": 1, "d": 256, "dtype": "fp32"}, {"hq": 33}, "hq must be at most 32 at hkv 1, d 256, fp32"),
         ({"b": 8191, "hkv": 8}, {"b": 8192}, "b must be at most 8191 at hkv 8, but is 8192"),
+        ({"hq": 65535, "hkv": 65535}, {"hq": 65536, "hkv": 65536}, "hkv must be at most 65535, but is 65536"),
         ({"n": 2**29}, {"n": 2**29 + 1}, "n must be at most 536870912, but is 536870913"),
         ({"k": 2**31 - 1}, {"k": 2**31}, "k must be at most 2147483647"),
         ({"w": 2**31 - 1}, {"w": 2**31}, "w must be at most 2147483647"),

@@ -213,3 +213,15 @@ def test_the_crew_has_the_other_gpus_the_whole_environment_and_its_part_of_the_c
     assert first is device and others == {3: device} and storage == str(cache)
     assert jobs == calls[0][2]["jobs"] == 8
     assert env["CUDA_VISIBLE_DEVICES"] == "4,5,6,7"  # --device counts in it
+
+
+def test_the_process_of_a_run_on_several_gpus_sees_the_first_alone(cache, monkeypatch):
+    device, seen = replace(target_device("cuda:90"), name="one"), []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    monkeypatch.setattr("sparsek_tune.options.gpus", lambda text: {1: device, 3: device})
+    monkeypatch.setattr(
+        "sparsek_tune.crew.Crew",
+        lambda *_: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]) or SimpleNamespace(others={}),
+    )
+    fake_tune(monkeypatch, [row(DEFAULT)])
+    assert invoke("--gpus", "1,3").exit_code == 0 and seen == ["5"]

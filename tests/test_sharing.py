@@ -91,12 +91,30 @@ def test_what_is_missing_is_named(cache, tmp_path):
     assert result.exit_code == 1 and "cannot be written: No such file or directory" in result.stderr
 
 
+@pytest.mark.parametrize("end", ["-wal", "-shm", "-journal"])
+def test_what_belongs_to_a_database_is_not_written_over(cache, tmp_path, end):
+    """What was committed last may be in its log alone."""
+    make(cache)
+    part = cache.with_name(cache.name + end)
+    (tmp_path / "link").symlink_to(part)
+    for command in (("export", part), ("report", part), ("export", tmp_path / "link")):
+        result = invoke(*command)
+        assert result.exit_code == 2 and f"part of the database {cache}" in result.stderr
+    assert not part.exists() or b"sparsek" not in part.read_bytes()  # SQLite's own, where readers made it
+    assert invoke("export", tmp_path / f"mine{end}").exit_code == 0
+
+
+def test_merge_takes_no_server_and_shows_no_password(cache):
+    result = invoke("merge", "postgresql+psycopg://me:secret@127.0.0.1:1/none")
+    assert result.exit_code == 2 and "must be files" in result.stderr and "secret" not in result.stderr
+
+
 def test_files_of_records_and_databases_are_not_taken_for_each_other(cache, tmp_path):
     make(cache)
     invoke("export", tmp_path / "shared.jsonl")
     before = cache.read_bytes()
     result = invoke("import", cache, "--storage", tmp_path / "new.db")
-    assert result.exit_code == 2 and f"{cache} is a database: `sparsek-tune merge` takes it" in result.stderr
+    assert result.exit_code == 2 and f"{cache} is a database, no file of records" in result.stderr
     result = invoke("merge", tmp_path / "shared.jsonl", "--storage", tmp_path / "new.db")
     assert result.exit_code == 4 and "a file of records is for `sparsek-tune import`" in result.stderr
     (tmp_path / "empty.db").touch()  # a database without tables, to SQLite

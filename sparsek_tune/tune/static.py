@@ -6,9 +6,10 @@ order. It is stored as static and never outranks a measurement.
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import as_completed
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TYPE_CHECKING, NamedTuple
 
 from sparsek_tune.captured import Counts
@@ -18,6 +19,7 @@ from sparsek_tune.kernel_templates.base import Config, Template
 from sparsek_tune.peaks import target_peak
 from sparsek_tune.problem import Device, Problem, target_device
 from sparsek_tune.tune.channel import WorkerError
+from sparsek_tune.tune.pool import Compiled
 from sparsek_tune.tune.propose import ENUMERABLE, spread
 from sparsek_tune.tune.record import failed
 from sparsek_tune.tune.types import Kernel, Row, Trial
@@ -50,11 +52,11 @@ def search(search: Search) -> Row:
     search.total, search.looked_at = len(configs), len(configs) - len(work)
     search.emit("start", "")
     ranked = _compile(search, work)
-    winner = _first_right(search, _order(ranked, search.default), len(configs))
+    winner = _first_right(search, _order(ranked, search.default), search.looked_at)
     if winner is not None:
         search.ledger.win(winner, None, None)
     # The store holds what failed and what was verified, not all that compiled.
-    return search.row(winner, None, None, "" if winner is not None else "no config passed", tried=len(configs))
+    return search.row(winner, None, None, "" if winner is not None else "no config passed", tried=search.looked_at)
 
 
 def busiest_first(counts: Counts) -> list[Problem]:
@@ -117,7 +119,7 @@ def _compile(search: Search, work: list[Config]) -> list[_Ranked]:
     search.pace.begin(known)
     futures = {search.run.pool.submit(search.spec, c): c for c in work}
     ranked = []
-    for count, future in enumerate(as_completed(futures), 1):
+    for count, future in enumerate(_in_time(futures, search), 1):
         config, compiled = futures[future], future.result()
         if compiled.status == "ok":
             ranked.append(_Ranked(cost(search, config, compiled.kernels), config, compiled.kernels))
@@ -127,6 +129,17 @@ def _compile(search: Search, work: list[Config]) -> list[_Ranked]:
         status = "compiled" if compiled.status == "ok" else compiled.status
         search.emit("trial", compiled.reason or status, trial=Trial(config, status, None))
     return ranked
+
+
+def _in_time(futures: Mapping[Future[Compiled], Config], search: Search) -> Iterator[Future[Compiled]]:
+    """Futures as they are done; when the time is over, of the others the default's alone."""
+    waiting = set(futures)
+    while waiting:
+        left = search.end - time.monotonic()
+        if left <= 0:
+            waiting = {f for f in waiting if futures[f] == search.default or not f.cancel()}
+        done, waiting = wait(waiting, left if 0 < left < threading.TIMEOUT_MAX else None, FIRST_COMPLETED)
+        yield from done
 
 
 def _order(ranked: list[_Ranked], default: Config) -> list[_Ranked]:

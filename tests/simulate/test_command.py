@@ -51,6 +51,16 @@ def test_a_plot_that_cannot_be_written_is_found_before_anything_is_replayed(file
     assert result.exit_code == 1 and "a.png cannot be written: No such file or directory" in result.stderr
 
 
+def test_a_plot_that_fails_costs_no_result(file, tmp_path, monkeypatch):
+    def draw(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sparsek_tune.simulate.plot.draw", draw)
+    result = invoke(file, *FEW, "--strategy", "static", "--json", "--plot", tmp_path / "a.png")
+    document = json.loads(result.stdout)
+    assert result.exit_code == 1 and "No space left" in document["error"] and len(document["results"]) == 2
+
+
 def test_equal_arguments_give_equal_results_whatever_the_processes(file):
     def results(*options):
         found = json.loads(invoke(file, *FEW, "--strategy", "tpe", "--json", *options).stdout)["results"]

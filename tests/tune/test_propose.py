@@ -112,3 +112,20 @@ def test_configs_of_an_older_space_are_left_out():
 def test_a_template_with_one_config_is_done_after_it():
     t = faults.template(tiles=(32, 32))
     assert drain(Proposals(t, P, D, 10, first=[t.default(P, D)]), lambda c: 1.0) == [t.default(P, D)]
+
+
+def test_what_others_tried_counts_against_the_trials():
+    t = large()
+    proposals = Proposals(t, P, D, 20)
+    for config in list(t.configs())[:15]:
+        proposals.tell(config, ms(config))
+    assert proposals.total == 20 and len(drain(proposals)) == 5
+
+
+def test_what_nothing_came_of_is_proposed_again_next_and_counts_once():
+    proposals = Proposals(large(), P, D, 20)
+    first = [proposals.ask() for _ in range(3)]
+    proposals.again(first[1])
+    assert proposals.beginning and proposals.total == 20
+    asked = drain(proposals)
+    assert asked[0] == first[1] and len(asked) == 18 and not set(asked) & {first[0], first[2]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import faults
 import pytest
@@ -58,6 +59,19 @@ def test_the_cheapest_right_config_becomes_a_static_winner_without_times(store):
 def test_the_default_stays_where_nothing_is_clearly_cheaper(store):
     (row,) = go(store, priced(lambda c: 1e9 * (0.95 if c["tile"] == 128 else 1.0), tiles=(16, 128)))
     assert row.config == Config(tile=32, fault="none")
+
+
+def test_a_budget_that_is_spent_leaves_the_default_alone(store):
+    t = priced(lambda c: 1e9 / c["tile"], tiles=(8, 4096), faults=("none", "compile hang"))
+    options = {"effort": "tiny", "target": "cuda:90", "factory": faults.FACTORY, "jobs": 1}
+    start = time.monotonic()
+    (row,) = run([faults.PROBLEM], None, store, templates={t.name: t}, budget=2.0, **options)
+    assert time.monotonic() - start < 15  # each hang takes 20 s
+    assert row.config is not None and row.tried < 16
+    (found,) = [
+        r for r in store.measurements(target_device("cuda:90"), t, faults.PROBLEM) if r.result.status == "static"
+    ]
+    assert found.result.protocol["candidates"] == row.tried
 
 
 def test_no_winner_where_nothing_is_right(store):

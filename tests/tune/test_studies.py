@@ -332,3 +332,34 @@ def test_the_log_of_a_file_that_was_put_aside_is_not_the_new_ones(database):
     wal.write_bytes(left)
     with closing(Studies.beside(database)) as shared:
         assert shared.all() == {}
+
+
+def test_a_problem_of_a_suite_that_was_withdrawn_waits_no_more(two):
+    suite = Suite.create(two[0], D, {"fake": T}, tasks([P], [T]), {"effort": "quick", "seed": 0, "until": None})
+    claim, _ = suite.take()
+    suite.withdraw()
+    suite.give_back(claim)
+    assert suite.take() is None and suite.over()
+
+
+def test_suites_of_other_values_of_a_parameter_are_not_joined(two):
+    wider = faults.template(tiles=(16, 4096))
+    assert wider.source_hash == T.source_hash and wider.size != T.size
+    Suite.create(two[0], D, {"fake": T}, tasks([P], [T]), {"effort": "quick", "seed": 0, "until": None})
+    assert Suite.joinable(two[1], D, {"fake": T}) and not Suite.joinable(two[1], D, {"fake": wider})
+
+
+def test_what_waits_in_a_suite_that_is_withdrawn_is_taken_by_nobody(two):
+    suite = Suite.create(two[0], D, {"fake": T}, tasks([P], [T]), {"effort": "quick", "seed": 0, "until": None})
+    other = Suite(two[1], suite.name)
+    suite.withdraw()
+    assert other.take() is None and other.over() and suite.rows() == []
+
+
+def test_on_a_network_file_system_the_studies_have_no_log(tmp_path, monkeypatch):
+    for network, mode in ((True, "delete"), (False, "wal")):
+        monkeypatch.setattr("sparsek_tune.db.sqlite.is_network", lambda path, network=network: network)
+        database = tmp_path / f"{mode}.db"
+        Studies.beside(database).close()
+        with closing(sqlite3.connect(path_beside(database))) as connection:
+            assert connection.execute("PRAGMA journal_mode").fetchone() == (mode,)

@@ -403,3 +403,52 @@ def test_what_won_too_far_away_to_be_served_is_tried_where_it_fits_and_stands_be
             assert companions["two"]["one"] == default
             (row,) = go(empty, one, problems=[problem])
         assert row.tried == 2 and row.config == winner
+
+
+def test_what_another_gpu_won_since_does_not_stand_for_this_ones_race(store):
+    t = faults.template(tiles=(16, 256))
+
+    def stop(event):
+        if event.kind == "race":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(store, t, on_event=stop)
+    other = dataclasses.replace(faults.DEVICE, name="another GPU")
+    tune([faults.PROBLEM], other, store, effort="tiny", factory=faults.FACTORY, templates={t.name: t})
+    go(store, t)
+    assert {entry.device for entry in store.winners()} == {faults.DEVICE, other}
+
+
+def test_finalists_that_fail_the_small_problems_are_recorded_and_do_not_win(store):
+    t = faults.template(tiles=(16, 64), faults=("none", "compile error of cases"))
+    (row,) = go(store, t)
+    assert row.config["fault"] == "none" and row.infeasible == 3
+    assert {r.status for c, r in latest(store, t).items() if c["fault"] != "none"} == {"compile"}
+
+
+def test_a_race_that_breaks_for_many_but_for_no_two_is_held_with_the_fastest(store, monkeypatch):
+    from sparsek_tune.tune.channel import WorkerTimeout
+
+    once = search.Search._race_once
+
+    def race(self, configs):
+        if len(configs) > 2:
+            raise WorkerTimeout("too many")
+        return once(self, configs)
+
+    monkeypatch.setattr(search.Search, "_race_once", race)
+    (row,) = go(store, faults.template(tiles=(16, 256)))
+    assert row.config == Config(tile=256, fault="none") and row.speedup > 2
+
+
+def test_the_best_time_is_that_of_a_config_that_still_counts(store):
+    from sparsek_tune.tune.record import Ledger, failed
+
+    t, (fast, slow) = faults.template(tiles=(16, 32)), (Config(tile=tile, fault="none") for tile in (16, 32))
+    ledger = Ledger(store, faults.DEVICE, t, faults.PROBLEM, store.start_run("test"))
+    ledger.add(slow, Measured("ok", 2.0, 2.0, 2.0, 9, protocol={}))
+    ledger.add(fast, Measured("ok", 1.0, 1.0, 1.0, 9, protocol={}))
+    assert ledger.best_ms == 1.0
+    ledger.add(fast, failed("wrong", "out", {}))
+    assert ledger.best_ms == 2.0 and ledger.ranking() == [slow]
