@@ -318,7 +318,8 @@ def test_the_list_of_faults_names_tests_that_exist():
     """docs/faults.md: `file.py::test_name`, `::test_name` of the same file, with ... or * for the rest of a name."""
     tests, file, named = Path(__file__).parent, None, 0
     for path, name in re.findall(r"`([\w/]+\.py)?(?:::(test_\w+?)(?:\.\.\.|\*)?)?`", FAULTS.read_text()):
-        file = path if path and (path.startswith(("test_", "tune/", "gpu/")) and "/redzone" not in path) else file
+        if path and path.startswith(("test_", "tune/", "simulate/", "gpu/")) and "/redzone" not in path:
+            file = path
         if name:
             assert re.search(rf"^def {name}", (tests / str(file)).read_text(), re.M), (file, name)
             named += 1
