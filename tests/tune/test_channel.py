@@ -65,6 +65,15 @@ def test_an_exception_leaves_the_process(echo):
     assert not error.value.fatal and echo.call("echo", 0, timeout=30)[1] == pid
 
 
+def test_after_a_fatal_failure_the_next_call_gets_another_process(echo):
+    """Whatever the GPU's context says after an illegal address counts against nobody else."""
+    pid = echo.call("echo", 0, timeout=30)[1]
+    with pytest.raises(CallFailed, match="illegal memory access") as error:
+        echo.call("lose_context", timeout=30)
+    assert error.value.fatal and error.value.status == "runtime" and gone(pid)
+    assert echo.call("echo", 0, timeout=30)[1] != pid
+
+
 def test_a_result_that_does_not_pickle_is_the_calls_failure(echo):
     with pytest.raises(CallFailed, match=r"pickle|local"):
         echo.call("unpicklable", timeout=30)
