@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from sparsek_tune import reference
+from sparsek_tune.arguments import check_attention
+from sparsek_tune.presets import Shape
 from sparsek_tune.problem import Problem
 from sparsek_tune.tune.stages import make_inputs
 from sparsek_tune.tune.verify import TOLERANCE, compare, expected, interior, reduced, relative_error
@@ -159,3 +161,11 @@ def test_inputs_are_views_of_the_layout_that_models_store():
     assert bool((make_inputs(P, "cpu", "rising").scores.diff(dim=-1) > 0).all())
     assert torch.equal(make_inputs(P, "cpu").query, make_inputs(P, "cpu").query)
     assert abs(float(make_inputs(P._replace(n=4097), "cpu").scores.std()) - 3) < 0.1
+
+
+@pytest.mark.parametrize("b, rows", [(4096, 32768), (4097, 65535), (8191, 65535)])
+def test_inputs_have_no_more_rows_than_the_operators_take(b, rows):
+    """Rows are rounded up to powers of two, the most that a grid takes is none."""
+    i = make_inputs(Shape(hq=16, hkv=8, b=b, n=32, d=16).problem, "meta")
+    assert i.key.shape[1] == i.scores.shape[1] == rows and i.query.shape[1] == 2 * rows
+    check_attention(i.query, i.key, i.value, i.scores, i.k, i.window, i.scale, i.gate)
