@@ -85,7 +85,7 @@ def is_there(path: Path) -> bool:
     """Whether there is a file. Raises ReadOnlyError where there is a directory or a pipe."""
     try:
         mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return False
     except OSError:  # SQLite will say what
         return True

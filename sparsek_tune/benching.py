@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from sparsek_tune import options
 from sparsek_tune.bench.cases import DISTRIBUTIONS, PEERS, Case, cases
@@ -116,8 +117,8 @@ def bench_command(
     if json_file not in (None, STDIO):
         check_writable(json_file)
     options.check_plot(plot_file, "bench")
-    if sources and (json_file or models or texts or recorded or peers):
-        raise click.UsageError("--from takes --plot alone: it measures nothing")
+    if sources and (given := sorted(_given() - {"--from", "--plot"})):
+        raise click.UsageError(f"--from takes --plot alone, as it measures nothing, but there is {', '.join(given)}")
     if sources:
         document, wrong = _earlier(sources), []
     else:
@@ -138,6 +139,15 @@ def bench_command(
         raise Fault("failed: " + "; ".join(wrong), BROKEN, **document)
     if json_file == STDIO:
         print_json(**document)
+
+
+def _given() -> set[str]:
+    """The options that the command line has."""
+    context = click.get_current_context()
+    return {
+        option.opts[0] for option in context.command.params
+        if option.name and context.get_parameter_source(option.name) == ParameterSource.COMMANDLINE
+    }  # fmt: skip
 
 
 def _measure(

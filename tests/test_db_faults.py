@@ -181,7 +181,8 @@ def test_a_file_in_place_of_the_directory(path):
     assert kind == "ReadOnlyError"
     assert str(path) in message
     assert "SPARSEK_TUNE_CACHE" in message
-    assert reader.load(path / "cache.db", "cuda", 90).entries == ()
+    found = reader.load(path / "cache.db", "cuda", 90)
+    assert found.entries == () and found.broken and "run` makes it" not in found.reason
 
 
 def test_a_read_only_file_is_served_but_not_written(shared_dir):

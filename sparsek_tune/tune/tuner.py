@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, get_args
 
 from sparsek_tune import dispatch
@@ -27,7 +28,7 @@ from sparsek_tune.tune.pool import Compiled, CompilePool
 from sparsek_tune.tune.record import Ledger
 from sparsek_tune.tune.search import POLL, Search, Won
 from sparsek_tune.tune.stage import FACTORY
-from sparsek_tune.tune.studies import Studies, StudiesError
+from sparsek_tune.tune.studies import Studies, StudiesError, path_beside
 from sparsek_tune.tune.suite import Searching, Suite, Task, again, tasks
 from sparsek_tune.tune.types import EFFORTS, Event, OnEvent, Part, Row, Spec
 
@@ -78,6 +79,8 @@ def join(
 ) -> int:
     """See :func:`sparsek_tune.tune.join`."""
     last, done = time.monotonic(), 0
+    if not wait and isinstance(store.where, Path) and not path_beside(store.where).exists():
+        return 0  # no run has been here, and no file is left behind for it
     with closing(Studies.of(store.where, again)) as shared:
         while True:
             found = [Suite(shared, suite)] if suite else Suite.joinable(shared, device, templates)

@@ -127,7 +127,13 @@ def test_redrawing_needs_no_gpu(no_gpu, tmp_path):
         (("--seconds", "nan"), "not a finite number"),
         (("--peer-limit", "inf"), "not a finite number"),
         (("--from", "{tmp}/text.pt"), "no JSON document"),
-        (("--from", "{tmp}/text.pt", "--json", "{tmp}/x.json"), "--plot alone"),
+        (
+            ("--from", "{tmp}/text.pt", "--json", "{tmp}/x.json"),
+            "measures nothing, but there is --json",
+        ),
+        (("--from", "{tmp}/text.pt", "--seconds", "3"), "but there is --seconds"),
+        (("--from", "{tmp}/text.pt", "--device", "0"), "but there is --device"),
+        (("--from", "{tmp}/text.pt", "--no-backward"), "but there is --backward"),
     ],
 )
 def test_wrong_options_are_found_before_anything_runs(options, words, tmp_path, monkeypatch):

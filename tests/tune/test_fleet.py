@@ -17,6 +17,7 @@ import event_lines
 import pytest
 
 from sparsek_tune.db.store import Store
+from sparsek_tune.tune import studies
 
 FLEET = Path(__file__).parent / "fleet.py"
 SLOW = {"tiles": [8, 512], "faults": ["slow"]}  # seven configs, a fifth of a second each
@@ -251,3 +252,4 @@ def test_without_a_run_to_join_a_worker_says_so(fleet):
         pass
     code, lines, _ = fleet.end(fleet.start("worker"))
     assert code == 5 and "no run to join" in lines[-1]["error"]
+    assert not studies.path_beside(fleet.database).exists()
