@@ -133,6 +133,21 @@ def test_an_interrupt_during_a_request_leaves_no_answer_to_the_next(server, monk
         assert one.call("echo", 1, timeout=60)[1] == one.pid
 
 
+def test_an_interrupt_during_a_look_at_a_process_leaves_no_answer_to_the_next_request(server, monkeypatch):
+    def interrupted(data, files):
+        server._socket.sendall(forkserver.HEADER.pack(len(data)) + data)
+        raise KeyboardInterrupt
+
+    with worker(server) as one, worker(server) as two:
+        one.call("echo", 0, timeout=30)
+        monkeypatch.setattr(server, "_exchange", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            one._process.poll()
+        monkeypatch.undo()
+        assert two.call("echo", 1, timeout=60)[1] == two.pid
+        assert one.call("echo", 1, timeout=60)[1] == one.pid  # its process died with the server
+
+
 def test_a_process_that_cannot_be_forked_is_the_machines_fault(server, monkeypatch):
     monkeypatch.setattr(server, "_exchange", lambda data, files: forkserver.FAILED + errno.EAGAIN)
     with worker(server) as one, pytest.raises(MachineError, match=r"cannot be started.*temporarily"):
