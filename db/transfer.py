@@ -231,6 +231,6 @@ def _copy(connection: sqlite3.Connection, source: Path, copy: Path, target: Path
     try:
         connection.execute("VACUUM INTO ?", (str(copy),))
     except sqlite3.Error as error:
-        if not {error.sqlite_errorcode, error.sqlite_errorcode & 0xFF}.isdisjoint(_UNWRITABLE):
+        if error.sqlite_errorcode in _UNWRITABLE or error.sqlite_errorcode & 0xFF in _UNWRITABLE:
             raise SnapshotError(f"{target} cannot be written: {error}") from error
         raise explain(source, error) from error

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from sparsek_tune import options
 from sparsek_tune.bench.cases import DISTRIBUTIONS, PEERS, Case, cases
@@ -117,7 +116,7 @@ def bench_command(
     if json_file not in (None, STDIO):
         check_writable(json_file)
     options.check_plot(plot_file, "bench")
-    if sources and (given := sorted(_given() - {"--from", "--plot"})):
+    if sources and (given := sorted(options.given() - {"--from", "--plot"})):
         raise click.UsageError(f"--from takes --plot alone, as it measures nothing, but there is {', '.join(given)}")
     if sources:
         document, wrong = _earlier(sources), []
@@ -139,15 +138,6 @@ def bench_command(
         raise Fault("failed: " + "; ".join(wrong), BROKEN, **document)
     if json_file == STDIO:
         print_json(**document)
-
-
-def _given() -> set[str]:
-    """The options that the command line has."""
-    context = click.get_current_context()
-    return {
-        option.opts[0] for option in context.command.params
-        if option.name and context.get_parameter_source(option.name) == ParameterSource.COMMANDLINE
-    }  # fmt: skip
 
 
 def _measure(

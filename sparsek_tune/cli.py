@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 class _Program(click.Group):
     """Says that the output cannot be written, as to a full disk; a reader that is gone is click's."""
 
-    def main(self, *arguments: Any, **options: Any) -> Any:
+    def main(self, *arguments: Any, **extra: Any) -> Any:
         try:
             try:
-                return super().main(*arguments, **options)
+                return super().main(*arguments, **extra)
             finally:
                 if sys.stdout is not None:
                     sys.stdout.flush()

@@ -34,10 +34,11 @@ def check_writable(path: Path) -> None:
     """Raises OSError, saying why, where :func:`replacing` would fail. Leaves what is there as it is."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if path.exists() and not os.access(path, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-    if path.exists() and not path.is_file():
-        return
+    if path.exists():
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        if not path.is_file():
+            return
     _, (handle, name) = _beside(path)
     os.close(handle)
     os.unlink(name)

@@ -70,6 +70,15 @@ class Number(click.FloatRange):
         return number
 
 
+def given() -> set[str]:
+    """The options that the command line has; not those that the environment or a default gives."""
+    context = click.get_current_context()
+    return {
+        option.opts[0] for option in context.command.params
+        if option.name and context.get_parameter_source(option.name) == ParameterSource.COMMANDLINE
+    }  # fmt: skip
+
+
 def plot_option(what: str) -> Callable[..., Any]:
     return click.option(
         "--plot", "plot_file", metavar="FILE", type=click.Path(path_type=Path), help=f"{what} (.png, .svg or .pdf)."

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from click.core import ParameterSource
 
 from sparsek_tune import options
 from sparsek_tune.command import NOTHING, STDIO, Fault, guarded, writing
@@ -34,8 +33,7 @@ def report_command(file: Path, source: Path | None, storage: Path | str | None) 
 
     if why := plot.available("report"):
         raise click.UsageError(why)
-    given = click.get_current_context().get_parameter_source("storage")
-    if source is not None and given == ParameterSource.COMMANDLINE:
+    if {"--from", "--storage"} <= options.given():
         raise click.UsageError("--from and --storage exclude each other")
     if source is not None and source != STDIO and file != STDIO and file.exists() and file.samefile(source):
         raise click.BadParameter(f"must not be the file of --from, but is {file}", param_hint="FILE")

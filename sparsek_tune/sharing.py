@@ -9,16 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sparsek_tune import options
-from sparsek_tune.command import (
-    BROKEN,
-    STDIO,
-    Fault,
-    as_json_option,
-    guarded,
-    is_database,
-    print_json,
-    writing,
-)
+from sparsek_tune.command import BROKEN, STDIO, Fault, as_json_option, guarded, is_database, print_json, writing
 
 if TYPE_CHECKING:
     from sparsek_tune.db.records import Record

@@ -6,6 +6,7 @@ import sqlite3
 import threading
 import time
 from contextlib import closing
+from types import MappingProxyType
 
 import faults
 import pytest
@@ -37,6 +38,20 @@ def two(database):
 
 def board(shared, notes=None):
     return Board(shared, D, T, P, [].append if notes is None else notes.append)
+
+
+def suite_of(shared, templates=MappingProxyType({"fake": T}), problems=(P,)):
+    work = tasks(problems, list(templates.values()))
+    return Suite.create(shared, D, templates, work, {"effort": "quick", "seed": 0, "until": None})
+
+
+def until(found, seconds=10.0):
+    """What ``found`` gives as soon as that is something."""
+    end = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    return value
 
 
 def test_a_config_is_claimed_once_and_again_when_given_back(two):
@@ -85,7 +100,7 @@ def test_the_claims_of_the_dead_are_free_again(database, monkeypatch):
     monkeypatch.setattr(studies, "INTERVAL", 1)
     monkeypatch.setattr(studies, "GRACE", 2)
     with closing(Studies.beside(database, again)) as alive:
-        suite = Suite.create(alive, D, {"fake": T}, tasks([P], [T]), {"effort": "quick", "seed": 0, "until": None})
+        suite = suite_of(alive)
         dead = Studies.beside(database, again)
         claim, work = Suite(dead, suite.name).take()
         assert board(dead).claim(C[0]) and suite.take() is None
@@ -93,11 +108,7 @@ def test_the_claims_of_the_dead_are_free_again(database, monkeypatch):
         time.sleep(4.5)  # heartbeats keep it
         assert mine.others() == {C[0]} and suite.take() is None and not suite.over()
         dead._stop.set()  # as if it were killed
-        end = time.monotonic() + 10
-        while mine.others() or (taken := suite.take()) is None:
-            suite.over()
-            assert time.monotonic() < end
-            time.sleep(0.2)
+        taken = until(lambda: not suite.over() and not mine.others() and suite.take())
         assert taken[1] == work == (P, ("fake",)) and taken[0] != claim and mine.claim(C[0])
 
 
@@ -106,15 +117,11 @@ def test_who_was_taken_for_dead_adds_its_problem_no_second_time(database, monkey
     monkeypatch.setattr(studies, "INTERVAL", 1)
     monkeypatch.setattr(studies, "GRACE", 2)
     with closing(Studies.beside(database, again)) as alive:
-        suite = Suite.create(alive, D, {"fake": T}, tasks([P], [T]), {"effort": "quick", "seed": 0, "until": None})
+        suite = suite_of(alive)
         suspended = Studies.beside(database, again)
         claim, _ = Suite(suspended, suite.name).take()
         suspended._stop.set()
-        end = time.monotonic() + 10
-        while not (waiting := alive.trials(suite._study, TrialState.WAITING)):
-            suite.over()
-            assert time.monotonic() < end
-            time.sleep(0.2)
+        waiting = until(lambda: not suite.over() and alive.trials(suite._study, TrialState.WAITING))
         assert not suspended.finish(claim, 1.0) and suspended._held == {}
         suspended._held[claim] = suite._study  # it had not come so far
         suspended.close()
@@ -157,7 +164,7 @@ def raiser(error):
 
 
 def test_what_is_closed_gives_its_claims_back(two):
-    suite = Suite.create(two[0], D, {"fake": T}, tasks([P], [T]), {"effort": "quick", "seed": 0, "until": None})
+    suite = suite_of(two[0])
     other = Suite(two[1], suite.name)
     assert other.take() is not None and board(two[1]).claim(C[0]) and suite.take() is None
     two[1].close()
@@ -169,14 +176,10 @@ def test_what_is_closed_gives_its_claims_back(two):
 
 
 def test_looking_for_suites_does_not_cost_more_with_every_run_there_was(two, monkeypatch):
-    def create():
-        about = {"effort": "quick", "seed": 0, "until": None}
-        return Suite.create(two[0], D, {"fake": T}, tasks([P], [T]), about)
-
     looked, real = [], Studies.trials
     for _ in range(3):
-        create().withdraw()
-    suite = create()
+        suite_of(two[0]).withdraw()
+    suite = suite_of(two[0])
     monkeypatch.setattr(
         Studies, "trials", lambda self, study, *states: looked.append(study) or real(self, study, *states)
     )
@@ -304,7 +307,7 @@ def test_no_password_shows():
 
 
 def test_a_problem_at_which_three_processes_died_is_given_up(two):
-    suite = Suite.create(two[0], D, {"fake": T}, tasks([P], [T]), {"effort": "quick", "seed": 0, "until": None})
+    suite = suite_of(two[0])
     for _ in range(3):
         claim, _ = suite.take()
         suite.give_back(claim)
@@ -313,8 +316,7 @@ def test_a_problem_at_which_three_processes_died_is_given_up(two):
 
 def test_what_lies_ahead_is_counted_in_kernels(two):
     more, other = faults.template("more", fields=("n",)), P._replace(d=128)
-    work = tasks([P, other], [T, more])
-    suite = Suite.create(two[0], D, {"fake": T, "more": more}, work, {"effort": "quick", "seed": 0, "until": None})
+    suite = suite_of(two[0], {"fake": T, "more": more}, [P, other])
     assert suite.ahead() == (3, 1)  # two of the first problem and one of the second; nobody drives: as if one did
     suite.take()
     assert suite.ahead() == (1, 1) and not suite.over()
@@ -335,7 +337,7 @@ def test_the_log_of_a_file_that_was_put_aside_is_not_the_new_ones(database):
 
 
 def test_a_problem_of_a_suite_that_was_withdrawn_waits_no_more(two):
-    suite = Suite.create(two[0], D, {"fake": T}, tasks([P], [T]), {"effort": "quick", "seed": 0, "until": None})
+    suite = suite_of(two[0])
     claim, _ = suite.take()
     suite.withdraw()
     suite.give_back(claim)
@@ -345,12 +347,12 @@ def test_a_problem_of_a_suite_that_was_withdrawn_waits_no_more(two):
 def test_suites_of_other_values_of_a_parameter_are_not_joined(two):
     wider = faults.template(tiles=(16, 4096))
     assert wider.source_hash == T.source_hash and wider.size != T.size
-    Suite.create(two[0], D, {"fake": T}, tasks([P], [T]), {"effort": "quick", "seed": 0, "until": None})
+    suite_of(two[0])
     assert Suite.joinable(two[1], D, {"fake": T}) and not Suite.joinable(two[1], D, {"fake": wider})
 
 
 def test_what_waits_in_a_suite_that_is_withdrawn_is_taken_by_nobody(two):
-    suite = Suite.create(two[0], D, {"fake": T}, tasks([P], [T]), {"effort": "quick", "seed": 0, "until": None})
+    suite = suite_of(two[0])
     other = Suite(two[1], suite.name)
     suite.withdraw()
     assert other.take() is None and other.over() and suite.rows() == []
