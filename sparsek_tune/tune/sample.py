@@ -16,7 +16,8 @@ from torch import Tensor
 from sparsek_tune import reference
 from sparsek_tune.tune.verify import allowed, relative_error
 
-QUERIES, KEYS = 20, 4  # sampled: queries of all heads; keys of every KV head
+QUERIES, KEYS = 20, 4  # sampled: queries of all heads; keys of a KV head
+HEADS = 256  # KV heads whose keys are sampled, at most: each key is worked out by itself
 ROUNDED = 2.0  # a dq may be so many times as far off as one in exact arithmetic whose out, weights and ds are rounded
 _NEAR = 1e-4  # of scores: how far off a threshold may be
 
@@ -45,7 +46,7 @@ def errors(i: Any, found: Any, results: Mapping[str, Tensor], seed: int) -> dict
     if "dk" in results:
         keys = sample_keys(found.expiry, seed)
         want |= expected_keys(i, found, keys)
-        got |= {name: at_positions(results[name], keys) for name in ("dk", "dv")}
+        got |= {name: results[name][keys] for name in ("dk", "dv")}
     return {name: (relative_error(x.double(), want[name]), inherent.get(name, 0.0)) for name, x in got.items()}
 
 
@@ -74,16 +75,20 @@ def sample_queries(n: int, seed: int, count: int = QUERIES) -> Tensor:
     return torch.cat([some, torch.tensor([0, n - 1])]).unique()
 
 
-def sample_keys(expiry: Tensor, seed: int) -> Tensor:
-    """Positions [B, Hkv, KEYS] of keys, drawn in proportion to how many queries see them.
+def sample_keys(expiry: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """KEYS keys of every KV head, or of HEADS random ones, drawn in proportion to how many queries see them.
 
-    expiry: [B, Hkv, N] (every key is seen by the queries from its own position to its expiry, window included).
+    expiry: [B, Hkv, N] (every key is seen by the queries from its own position to its expiry, window included). Returns
+    batch, head and position of each, as they index a tensor: [S], int64, on expiry's device.
     """
-    rows = expiry.flatten(0, 1).cpu()
-    seen = (rows - torch.arange(rows.shape[1])).clamp_min(0).double().cumsum(1)
-    draw = torch.rand((len(rows), KEYS), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    at = torch.searchsorted(seen, draw * seen[:, -1:], right=True).clamp_max(rows.shape[1] - 1)
-    return at.view(*expiry.shape[:2], KEYS).to(expiry.device)
+    (_, heads, n), generator = expiry.shape, torch.Generator().manual_seed(seed)
+    rows = torch.randperm(expiry.shape[0] * heads, generator=generator)[:HEADS]
+    lives = (expiry[rows // heads, rows % heads].cpu() - torch.arange(n)).clamp_min(0).double().cumsum(1)
+    draw = torch.rand((len(rows), KEYS), generator=generator, dtype=torch.float64)
+    at = torch.searchsorted(lives, draw * lives[:, -1:], right=True).clamp_max(n - 1)
+    rows = rows.repeat_interleave(KEYS)
+    batch, head, position = (t.to(expiry.device) for t in (rows // heads, rows % heads, at.flatten()))
+    return batch, head, position
 
 
 def at_positions(t: Tensor, index: Tensor) -> Tensor:
@@ -134,22 +139,17 @@ def _query(i: Any, t: int) -> dict[str, Tensor]:
     return {"out": out.flatten(1, 2), "lse": lse.flatten(1, 2), "dq": exact, "dq_rounded": rounded}
 
 
-def expected_keys(i: Any, found: Any, at: Tensor) -> dict[str, Tensor]:
-    """dk and dv [B, Hkv, S, D] in float64 at the keys ``at`` [B, Hkv, S].
+def expected_keys(i: Any, found: Any, keys: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+    """dk and dv [S, D] in float64 at ``keys``, as :func:`sample_keys` gives them.
 
     From lse, out, tau and expiry as they were found: the sample of queries vouches for those.
     """
-    shape = (*at.shape, i.key.shape[-1])
-    dk, dv = (torch.zeros(shape, dtype=torch.float64, device=at.device) for _ in range(2))
     group = i.query.shape[1] // i.key.shape[1]
-    for b, h, s in torch.cartesian_prod(*map(torch.arange, at.shape)).tolist():
-        j = int(at[b, h, s])
-        end = int(found.expiry[b, h, j])
+    results = []
+    for b, h, j, end in torch.stack([*keys, found.expiry[keys].long()], dim=1).tolist():
         m = _gates(i, found, b, h, j, end)
-        for head in range(h * group, (h + 1) * group):
-            x, y = _key(i, found, b, h, head, j, end, m)
-            dk[b, h, s] += x
-            dv[b, h, s] += y
+        results.append(sum(_key(i, found, b, h, head, j, end, m) for head in range(h * group, (h + 1) * group)))
+    dk, dv = torch.stack(results, dim=1)
     return {"dk": dk, "dv": dv}
 
 
@@ -161,11 +161,11 @@ def _gates(i: Any, found: Any, b: int, h: int, j: int, end: int) -> Tensor:
     return m
 
 
-def _key(i: Any, found: Any, b: int, h: int, head: int, j: int, end: int, m: Tensor) -> tuple[Tensor, Tensor]:
-    """What one query head adds to dk and dv of key ``j``."""
+def _key(i: Any, found: Any, b: int, h: int, head: int, j: int, end: int, m: Tensor) -> Tensor:
+    """What one query head adds to dk and dv of key ``j``: [2, D]."""
     seen = slice(j, end)
     q, do, out = (x[b, head, seen].double() for x in (i.query, i.dout, found.out))
     gk, gv = m if i.gate == "kv" else 1.0, m if i.gate != "none" else 1.0
     p = (i.scale * gk * (q @ i.key[b, h, j].double()) - found.lse[b, head, seen].double()).exp()
     ds = p * (gv * (do @ i.value[b, h, j].double()) - (do * out).sum(-1))
-    return (i.scale * gk * ds) @ q, (p * gv) @ do
+    return torch.stack([(i.scale * gk * ds) @ q, (p * gv) @ do])

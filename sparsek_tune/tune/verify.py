@@ -21,6 +21,7 @@ _NOISE = 5e-7  # what float32 leaves, an entry, of terms of size 1 that cancel
 # The kinds of scores of the small cases. The interpreter takes seconds a case: there, the two that reach most code.
 SCORES = {"measure": ("normal", "ties", "equal", "rising"), "interpret": ("normal", "ties")}
 _GRADS = ("dq", "dk", "dv", "du")
+_COPIED = 1 << 24  # elements that are copied to float64 at a time
 _EXACT = ("expiry",)
 _CROSSINGS = {"sat_end": 1.0, "sup_end": 0.0}  # first query where u - tau falls below (sat_end), or to, this value
 _SLACK = 1e-4  # of u and tau: how near to the value a crossing may be and still fall either way
@@ -103,9 +104,10 @@ def _too_far(a: Tensor, b: Tensor, inherent: Tensor | None, tolerance: float) ->
 
     def rows(*tensors: Tensor) -> Tensor:
         """The norms of the rows of the difference, or of the tensor, in float64."""
-        heads = zip(*(t.flatten(0, 1) for t in tensors), strict=True)  # one by one: a copy of all would be large
+        count = max(1, _COPIED // tensors[0][0, 0].numel())  # heads at a time: a copy of all would be large
+        heads = zip(*(t.flatten(0, 1).split(count) for t in tensors), strict=True)
         found = [h[0].double() - h[1].double() if len(h) == 2 else h[0].double() for h in heads]
-        return torch.stack([torch.linalg.vector_norm(x, dim=-1) if x.dim() == 2 else x.abs() for x in found])
+        return torch.cat([torch.linalg.vector_norm(x, dim=-1) if x.dim() == 3 else x.abs() for x in found])
 
     norm = torch.linalg.vector_norm
     off, size = rows(a, b), rows(b)

@@ -9,6 +9,7 @@ from sparsek_tune import reference
 from sparsek_tune.arguments import check_attention
 from sparsek_tune.presets import Shape
 from sparsek_tune.problem import Problem
+from sparsek_tune.tune import verify
 from sparsek_tune.tune.stages import make_inputs
 from sparsek_tune.tune.verify import TOLERANCE, compare, expected, interior, reduced, relative_error
 
@@ -121,14 +122,18 @@ def test_a_gradient_that_cancels_may_be_off_by_what_a_stored_output_makes_of_it(
     assert compare({"dq": spoilt}, want, TOLERANCE[name], i.scores).startswith("dq: ")
 
 
+@pytest.mark.parametrize("copied", [1, 600_000, 1 << 24], ids=["a head at a time", "some at a time", "all at once"])
+@pytest.mark.parametrize("head", [3, 7])
 @pytest.mark.parametrize("shape", [(1, 8, 100_000), (1, 8, 50_000, 4)])
-def test_one_wrong_row_of_many_is_caught(shape):
+def test_one_wrong_row_of_many_is_caught(shape, head, copied, monkeypatch):
+    monkeypatch.setattr(verify, "_COPIED", copied)
     want = {"dk": torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)}
     got = {"dk": want["dk"].to(torch.bfloat16)}
     assert compare(got, want, TOLERANCE["bf16"], want["dk"]) is None
-    got["dk"][0, 3, 40_000] = 0
+    got["dk"][0, head, 40_000] = 0
     assert relative_error(got["dk"].double(), want["dk"]) < TOLERANCE["bf16"]
-    assert " off, by up to " in compare(got, want, TOLERANCE["bf16"], want["dk"])
+    reason = compare(got, want, TOLERANCE["bf16"], want["dk"])
+    assert reason.startswith(f"dk: 1 of {8 * shape[2]} ") and " off, by up to " in reason
 
 
 @pytest.mark.parametrize("interpreter", [False, True])
