@@ -81,14 +81,14 @@ def sample_keys(expiry: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     expiry: [B, Hkv, N] (every key is seen by the queries from its own position to its expiry, window included). Returns
     batch, head and position of each, as they index a tensor: [S], int64, on expiry's device.
     """
-    (_, heads, n), generator = expiry.shape, torch.Generator().manual_seed(seed)
-    rows = torch.randperm(expiry.shape[0] * heads, generator=generator)[:HEADS]
-    lives = (expiry[rows // heads, rows % heads].cpu() - torch.arange(n)).clamp_min(0).double().cumsum(1)
+    (batches, heads, n), generator = expiry.shape, torch.Generator().manual_seed(seed)
+    rows = torch.randperm(batches * heads, generator=generator)[:HEADS]
+    b, h = rows // heads, rows % heads
+    seen = (expiry[b, h].cpu() - torch.arange(n)).clamp_min(0).double().cumsum(1)
     draw = torch.rand((len(rows), KEYS), generator=generator, dtype=torch.float64)
-    at = torch.searchsorted(lives, draw * lives[:, -1:], right=True).clamp_max(n - 1)
-    rows = rows.repeat_interleave(KEYS)
-    batch, head, position = (t.to(expiry.device) for t in (rows // heads, rows % heads, at.flatten()))
-    return batch, head, position
+    j = torch.searchsorted(seen, draw * seen[:, -1:], right=True).clamp_max(n - 1).flatten()
+    b, h, j = (t.to(expiry.device) for t in (b.repeat_interleave(KEYS), h.repeat_interleave(KEYS), j))
+    return b, h, j
 
 
 def at_positions(t: Tensor, index: Tensor) -> Tensor:
