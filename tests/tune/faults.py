@@ -66,6 +66,7 @@ class Stage:
             return {}
         if seconds is None or part == "cases":
             return {f"{part} {self.spec} {config.key}": lambda: self._compile(config, part)}
+        log(f"list of-{config['tile']}")
         keys = ("every", "all", f"of-{config['tile']}")
         return {key: lambda key=key: self._compile_one(key, config["fault"], seconds) for key in keys}
 
