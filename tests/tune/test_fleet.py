@@ -190,21 +190,25 @@ def four_static_workers(fleet, winners, *storage):
     target = ("--target", "cuda:90", "--jobs", "1", *storage)
     workers = [fleet.start("worker", *target, "--wait", "60") for _ in range(4)]
     main = fleet.start("run", *target[:2], *storage)
-    logged(fleet, "interpret", workers[0])
-    workers[0].kill()
+    victim = at_work(fleet, "interpret", workers)
+    victim.kill()
+    workers.remove(victim)
     code, lines, err = fleet.end(main)
     assert code == 0, err
     rows = lines[-1]["rows"]
     assert len(rows) == 12 and all(row["config"] for row in rows) and winners() == 12
-    for worker in workers[1:]:
+    for worker in workers:
         worker.send_signal(signal.SIGINT)  # it waits for another run
         assert fleet.end(worker)[0] == 130
 
 
-def logged(fleet, kind, process):
-    """Wait until a process has begun to verify."""
+def at_work(fleet, kind, processes):
+    """Wait until one of the processes has begun to verify; which one."""
     end = time.monotonic() + 90
-    while not (fleet.log.exists() and any(_parent(pid) == process.pid for pid in fleet.pids(kind))):
+    while True:
+        parents = {_parent(pid) for pid in fleet.pids(kind)} if fleet.log.exists() else ()
+        if found := [process for process in processes if process.pid in parents]:
+            return found[0]
         assert time.monotonic() < end
         time.sleep(0.02)
 
