@@ -28,6 +28,12 @@ class BenchService:
         with self._stage(spec) as stage:
             return stage.verify(config, cases)
 
+    def verify_cases(self, spec: Spec, config: Config) -> str | None:
+        try:
+            return self._stages.beside(spec).verify_cases(config)
+        finally:
+            self._stages.check()
+
     def measure(self, spec: Spec, config: Config, seconds: float, hopeless_ms: float) -> Estimate:
         with self._stage(spec) as stage:
             return measure(stage.sampler(config), seconds, hopeless_ms)
@@ -97,6 +103,10 @@ class Bench:
         """Why the candidate's results are wrong, or None. cases: see ``Stage.verify``."""
         self.prepare(spec)
         return self._worker.call("verify", spec, config, cases, timeout=self._timeout)
+
+    def verify_cases(self, spec: Spec, config: Config) -> str | None:
+        """As ``verify``, on the small problems alone: another spec stays set up."""
+        return self._worker.call("verify_cases", spec, config, timeout=self._timeout)
 
     def measure(self, spec: Spec, config: Config, seconds: float, hopeless_ms: float) -> Estimate:
         self.prepare(spec)

@@ -69,6 +69,7 @@ class _Running:
     seen: float  # when ``left`` was told
     left: float | None
     searched: bool = False
+    raced: bool = False  # so the next one may have begun
 
 
 class Outlook:
@@ -96,7 +97,8 @@ class Outlook:
         elif event.kind != "note":
             one = self._running.setdefault(key, _Running(now, now, None))
             one.seen, one.left, one.searched = now, event.seconds_left, one.searched or event.kind == "trial"
-            self._lanes = max(self._lanes, len(self._running))
+            one.raced = event.kind == "race"
+            self._lanes = max(self._lanes, sum(not r.raced for r in self._running.values()))
         return event._replace(kernels_done=self._done, kernels=self.kernels, run_seconds_left=self._left(now))
 
     def _left(self, now: float) -> float:

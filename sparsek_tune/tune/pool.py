@@ -19,6 +19,7 @@ from sparsek_tune.tune.forkserver import ForkServer
 from sparsek_tune.tune.types import Kernel, Part, Spec
 
 _PREPARE_TIMEOUT = 300.0  # seconds to set a stage up and list the kernels of a candidate
+_EARLY = 1 << 40  # what is submitted early comes after so many others
 _BYTES_PER_COMPILE = 1 << 30  # memory that one compile may take
 
 
@@ -40,6 +41,7 @@ class _Job:
         self.asked = (spec, config, part)
         self.future: Future[Compiled] = Future()
         self.kernels: list[_Kernel] = []
+        self.begun = False  # to be listed
 
     def cancel(self) -> None:
         """The end, also for who waits for it in a ``concurrent.futures.wait``."""
@@ -74,7 +76,8 @@ class _Job:
 class _Kernel:
     """A kernel, and the candidates that wait for it. compiled or error, and seconds: once it is done."""
 
-    def __init__(self) -> None:
+    def __init__(self, key: str) -> None:
+        self.key, self.begun = key, False
         self.jobs: list[_Job] = []
         self.compiled: Kernel | None = None
         self.error: BaseException | None = None
@@ -120,16 +123,22 @@ class CompilePool:
         for worker in self._workers:
             worker.start()
 
-    def submit(self, spec: Spec, config: Config, part: Part = "length") -> Future[Compiled]:
-        """part: what of it, see ``Stage.compile``. What was submitted before and not cancelled is not done again."""
+    def submit(self, spec: Spec, config: Config, part: Part = "length", *, early: bool = False) -> Future[Compiled]:
+        """part: what of it, see ``Stage.compile``. What was submitted before and not cancelled is not done again.
+        early: nobody waits for it yet; all else goes first, until it is submitted once more."""
         key = (spec._replace(companions=tuple(sorted(spec.companions.items()))), config, part)  # type: ignore
+        number = next(self._count) + (_EARLY if early else 0)
         with self._lock:
             job = self._jobs.get(key)
             if job is None or job.future.cancelled():
-                job = self._jobs[key] = _Job(next(self._count), spec, config, part)
+                job = self._jobs[key] = _Job(number, spec, config, part)
                 if self._closed:
                     job.cancel()
                 self._put(job, partial(self._list, job))
+            elif job.number > number:
+                job.number = number
+                self._put(job, partial(self._list, job))
+                self._put_kernels(job)
         return job.future
 
     def close(self) -> None:
@@ -154,8 +163,10 @@ class CompilePool:
 
     def _list(self, job: _Job, worker: Worker) -> None:
         """Have compiled what of a candidate is not compiled yet."""
-        if job.future.done():
-            return
+        with self._lock:
+            if job.begun or job.future.done():
+                return
+            job.begun = True
         try:
             keys = worker.call("kernels", *job.asked, timeout=_PREPARE_TIMEOUT)
         except BaseException as error:
@@ -163,21 +174,27 @@ class CompilePool:
             return
         with self._lock:
             for key in keys:
-                if key not in self._kernels:
-                    self._kernels[key] = _Kernel()
-                    self._put(job, partial(self._compile, key))
-                self._kernels[key].jobs.append(job)
-                job.kernels.append(self._kernels[key])
+                kernel = self._kernels.setdefault(key, _Kernel(key))
+                kernel.jobs.append(job)
+                job.kernels.append(kernel)
+            self._put_kernels(job)
             job.settle()
 
-    def _compile(self, key: str, worker: Worker) -> None:
-        """Compile a kernel, unless nobody waits for it any more."""
+    def _put_kernels(self, job: _Job) -> None:
+        """Have the kernels of ``job`` compiled when it is its turn, if none that shares them comes before."""
+        for kernel in job.kernels:
+            if not kernel.begun:
+                self._put(job, partial(self._compile, kernel))
+
+    def _compile(self, kernel: _Kernel, worker: Worker) -> None:
+        """Compile a kernel, unless that was done or nobody waits for it any more."""
         with self._lock:
-            kernel = self._kernels[key]
             lead = next((job for job in kernel.jobs if not job.future.done()), None)
-            if lead is None:
-                del self._kernels[key]
+            if kernel.begun or lead is None:
+                if not kernel.begun and self._kernels.get(kernel.key) is kernel:
+                    del self._kernels[kernel.key]
                 return
+            kernel.begun = True
         compiled, error, began = None, None, time.monotonic()
         try:
             number = lead.kernels.index(kernel)

@@ -8,25 +8,26 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
 from sparsek_tune.db.store import Measured
 from sparsek_tune.kernel_templates.base import Config, Template
 from sparsek_tune.problem import Problem
-from sparsek_tune.tune.channel import WorkerError
-from sparsek_tune.tune.measure import PROTOCOL, Estimate, choose
+from sparsek_tune.tune import judge
+from sparsek_tune.tune.measure import CLOSE_ENOUGH, Estimate, choose
 from sparsek_tune.tune.pace import Pace
 from sparsek_tune.tune.pool import Compiled, settled
 from sparsek_tune.tune.propose import Proposals
-from sparsek_tune.tune.record import FAILED, INFEASIBLE, WRONG, failed, timed
+from sparsek_tune.tune.record import FAILED, INFEASIBLE, WRONG
 from sparsek_tune.tune.suite import Searching
-from sparsek_tune.tune.types import Event, Row, Trial
+from sparsek_tune.tune.types import Event, Row, Spec, Trial
 
 if TYPE_CHECKING:
     from sparsek_tune.tune.tuner import Run
 
-_HOPELESS = 1.5  # a candidate whose whole interval lies above this multiple of the best is not sampled further
-_LEAST = 5.0  # seconds for the search of a kernel of which no winner is known nearby
+OPENING = 10  # configs, besides the default, that are compiled by the time a search begins, if so many are in flight
+_LEAST = 2.0  # seconds for the search of a kernel, however late it is
 POLL = 0.2  # seconds between looks at what others do
 STARTS = 4  # winners of other problems that a search begins with
 WAITING = 2  # candidates that wait for a free compiler: more would be proposed without the results of those before
@@ -46,7 +47,8 @@ class Won(NamedTuple):
 
 
 class Search:
-    """The search for one template at one problem. share: as ``Shares.of`` its problem; tell: others, who may help."""
+    """The search for one template at one problem, made before its turn: what it begins with can be compiled by then.
+    share: as ``Shares.of`` its problem; tell: others, who may help."""
 
     def __init__(
         self, run: Run, template: Template, problem: Problem, share: Callable[..., float],
@@ -56,44 +58,81 @@ class Search:
         self.key = problem.project(template.fields)
         self.ledger = run.ledger(template, problem)
         self.default = template.default(problem, run.device)
-        won = run.won(problem)
-        self.spec = run.spec(template, problem, won)
         self.seed = zlib.crc32(f"{run.seed} {template.name} {self.key}".encode())
         self._share, self._tell = share, tell
+        self._starts = run.won(problem)[template.name].starts
+        self._opening: list[Future[Compiled]] = []
         self._elsewhere: set[Config] = set()  # configs that others work at
-        self.end = time.monotonic() + share()
         self.total = 0
         self.looked_at: int | None = None  # configs, where the ledger does not hold all of them (static tuning)
         self.pace = Pace()
-        self._starts = won[template.name].starts
         self._took: list[float] = []  # seconds to compile a config
-        self._foreseen: tuple[Config, list[Config]] | None = None
+        self._foreseen: Config | None = None  # as the winner
+        self.likely = self.default  # the winner of the race
+        self._raced: dict[Config, Estimate] = {}
+        self._row: Row | None = None
 
-    def go(self) -> Row:
-        proposals = self._proposals(self.seed, [self.default, *self._starts])
+    def begin(self) -> None:
+        """Its turn has come: its time begins, and what won meanwhile stands beside it."""
+        self.ledger.refresh()
+        self.spec = self.beside(self.run.won(self.problem))
+        self.end = time.monotonic() + self._share()
+
+    def beside(self, won: Mapping[str, Won]) -> Spec:
+        """What a worker sets up, with ``won`` of the other templates."""
+        return self.run.spec(self.template, self.problem, won)
+
+    def go(self) -> None:
+        """All but the last word on the winner."""
+        self.begin()
+        proposals = self._proposals(self.seed, self.opening)
         stored = self.ledger.winner()
         before = self.ledger.count()
         self.emit("start", f"{before} of {self.total} configs known" if before else "")
         self.board = self.run.board(self.template, self.problem)
         if self.ledger.time(self.default) is None:
             compiled = self._set_up()
-            self._record(self.default, self.run.judge.submit(self._judge, self.default, compiled, True).result())
-            # Where nothing is known that won nearby, something has to be looked at, however long setting up took.
-            self.end = min(time.monotonic() + self._share(0.0 if self._starts else _LEAST), self.run.end)
+            judged = self.run.judge.submit(judge.measured, self, self.default, compiled, True)
+            self.record(self.default, judged.result())
             self._took.append(compiled.seconds)
         elif self.total > before:
             self._set_up()
         if self.ledger.time(self.default) is None:
-            return self.row(None, None, None, f"the default config does not work: {self._why(self.default)}")
+            self._fails("does not work")
+            return
+        race = self.run.effort.race_seconds  # is to fit into the share too
+        self.end = time.monotonic() + self._share(_LEAST + race) - race
         if self.total > before:
             self._tell(Searching(self.template.name, self.problem, time.time() + self.end - time.monotonic()))
         self._explore(proposals, leading=True)
+        for future in self._opening:  # what there was no time for
+            future.cancel()
         if stored is not None and self.ledger.count() == before and not self.ledger.unraced():  # the old race stands
-            return self.row(Config.from_key(stored.config), stored.default_ms, stored.tuned_ms, "as stored")
-        return self._race()
+            self._row = self.row(Config.from_key(stored.config), stored.default_ms, stored.tuned_ms, "as stored")
+            return
+        self._foresee(last=True)
+        self._race()
+
+    @property
+    def ready(self) -> bool:
+        """Whether ``settle`` would wait for nothing."""
+        return self._row is not None or self.likely == self.default or self.cases(self.likely).done()
+
+    def settle(self) -> Row:
+        """The outcome. The winner has to be right on the small problems too; others are spared these. Their kernels are
+        compiled while the next search goes on."""
+        while self._row is None:
+            if self.likely == self.default or judge.right(self, self.likely):
+                default, winner = self._raced[self.default], self._raced[self.likely]
+                self.ledger.win(self.likely, default.median, winner.median)
+                self._row = self.row(self.likely, default.median, winner.median, "")
+            else:
+                self._race(cases=True)
+        return self._row
 
     def help(self) -> bool:
         """Take part in a search that another process drives, and races; whether there was anything to do."""
+        self.begin()
         if self.ledger.time(self.default) is None:  # its driver is at it
             return False
         before = self.ledger.count()
@@ -101,15 +140,42 @@ class Search:
         if self.total <= before or time.monotonic() >= self.end:
             return False
         self.board = self.run.board(self.template, self.problem)
-        self._set_up()
+        self._set_up(leading=False)
         return self._explore(proposals, leading=False)
 
-    def _set_up(self) -> Compiled:
+    @cached_property
+    def opening(self) -> list[Config]:
+        """What is tried first: the default, winners of like problems, and what the sampler asks for before it has
+        results of others."""
+        proposals = self._proposals(self.seed, [self.default, *self._starts])
+        found = [self.default]
+        while len(found) <= min(OPENING, self._most) and (config := proposals.ask()) is not None:
+            if config == self.default:
+                proposals.tell(config, 1.0)  # whatever it is, there is nothing to compare it with
+            else:
+                found.append(config)
+        return found
+
+    def compile_opening(self, spec: Spec, *, early: bool) -> None:
+        """Have compiled what is tried first at ``spec``, the default aside, and no more what was to be at another."""
+        opening = [self.run.pool.submit(spec, config, early=early) for config in self.opening[1:]]
+        for future in set(self._opening).difference(opening):
+            future.cancel()
+        self._opening = opening
+
+    @property
+    def _most(self) -> int:
+        """Configs in flight."""
+        return self.run.pool.jobs + WAITING
+
+    def _set_up(self, *, leading: bool = True) -> Compiled:
         """Start the processes, and have compiled what the measuring process runs first; what became of the default."""
         self.run.pool.start()
         self.run.bench.start()
         setup, *parts = self.run.compile_default(self.spec)
         self.run.foresee(self.problem)
+        if leading:
+            self.compile_opening(self.spec, early=False)
         setup.result()  # where it is not ok the measuring process will say so
         return settled(parts)
 
@@ -125,19 +191,16 @@ class Search:
         """Keep the compile pool and the GPU busy and record what they deliver, until the space or the time is over;
         who leads waits for what others work at. Returns whether anything was tried here."""
         self.pace.begin(self.ledger.count())
-        most = self.run.pool.jobs + WAITING
         compiling: dict[Future[Compiled], Config] = {}
         judging: dict[Future[Measured], Config] = {}
         tried = False
         while time.monotonic() < self.end:
-            while len(compiling) + len(judging) < most and (config := self._ask(proposals)) is not None:
+            while len(compiling) + len(judging) < self._most and (config := self._ask(proposals)) is not None:
                 if config == self.default:  # settled first of all
                     proposals.tell(config, self.ledger.time(config))
                 elif self._claim(proposals, config):
                     compiling[self.run.pool.submit(self.spec, config)] = config
                     tried = True
-            if leading and len(compiling) + len(judging) < most:  # nothing more to propose, and processes idle
-                self._foresee()
             if not compiling and not judging:
                 if not (leading and self._others(proposals)):
                     return tried
@@ -148,14 +211,16 @@ class Search:
                 if future in compiling:
                     config, compiled = compiling.pop(future), future.result()
                     self._took.append(compiled.seconds)
-                    judging[self.run.judge.submit(self._judge, config, compiled, False)] = config
+                    judging[self.run.judge.submit(judge.measured, self, config, compiled, False)] = config
                 else:
                     config = judging.pop(future)
-                    proposals.tell(config, self._record(config, future.result()))
+                    proposals.tell(config, self.record(config, future.result()))
+                    if leading:
+                        self._foresee()
         pending = {**compiling, **judging}
         cancelled = {future for future in pending if future.cancel()}
         for future in judging.keys() - cancelled:  # has begun: what it costs is spent
-            self._record(judging.pop(future), future.result())
+            self.record(judging.pop(future), future.result())
             pending.pop(future)
         for config in pending.values():
             self.board.drop(config)
@@ -164,16 +229,18 @@ class Search:
             time.sleep(POLL)
         return tried
 
-    def _foresee(self) -> None:
-        """Have compiled what comes after this search, as far as its best so far tell."""
-        ranking = self.ledger.ranking()
-        best = [c for c in ranking if c != self.default][: self.run.effort.finalists]
-        if (ranking[0], best) == self._foreseen:
+    def _foresee(self, *, last: bool = False) -> None:
+        """Have compiled what comes after this search if what is fastest now wins, should that be clear or the ``last``
+        word: what only chance put first is not worth the time."""
+        ranking, default = self.ledger.ranking(), self.ledger.time(self.default) or math.inf
+        clear = (self.ledger.best_ms or math.inf) < (1 - CLOSE_ENOUGH) * default
+        likely = ranking[0] if clear else self.default
+        if likely == self._foreseen or not (clear or last):
             return
-        self._foreseen = ranking[0], best
-        for config in best:
-            self.run.pool.submit(self.spec, config, "cases")
-        self.run.foresee(self.problem, self.template, ranking[0])
+        self._foreseen = likely
+        if likely != self.default:
+            self.cases(likely)
+        self.run.foresee(self.problem, self.template, likely)
 
     def _claim(self, proposals: Proposals, config: Config) -> bool:
         """Whether this process is to try ``config``: nobody else tries it, or has tried it."""
@@ -211,32 +278,7 @@ class Search:
             return None
         return proposals.ask()
 
-    def _judge(self, config: Config, compiled: Compiled, cases: bool) -> Measured:
-        """Verify and time one compiled candidate. cases: see ``Stage.verify``; finalists meet theirs later on."""
-        spent = {"compile_seconds": round(compiled.seconds, 3)}
-        protocol = {**PROTOCOL, "kernels": [k._asdict() for k in compiled.kernels], **spent}
-        if (wrong := self._wrong(config, compiled, cases, protocol)) is not None:
-            return wrong
-        best = self.ledger.best_ms
-        hopeless, seconds = math.inf if best is None else _HOPELESS * best, self.run.effort.sample_seconds
-        try:
-            return timed(self.run.bench.measure(self.spec, config, seconds, hopeless), protocol)
-        except WorkerError as error:
-            return failed(error.status, str(error), protocol)
-
-    def _wrong(
-        self, config: Config, compiled: Compiled, cases: bool, protocol: Mapping[str, Any]
-    ) -> Measured | None:  # fmt: skip
-        """What is to be recorded of a config that does not compile or is not right, or None."""
-        if compiled.status != "ok":
-            return failed(compiled.status, compiled.reason, protocol)
-        try:
-            wrong = self.run.bench.verify(self.spec, config, cases)
-        except WorkerError as error:
-            return failed(error.status, str(error), protocol)
-        return None if wrong is None else failed("wrong", wrong, protocol)
-
-    def _record(self, config: Config, result: Measured) -> float | None:
+    def record(self, config: Config, result: Measured) -> float | None:
         """Record one attempt; its median (ms), or None."""
         self.ledger.add(config, result)
         median = self.ledger.time(config)
@@ -244,59 +286,26 @@ class Search:
         self.emit("trial", self._why(config), trial=Trial(config, result.status, median))
         return median
 
-    def _race(self) -> Row:
-        """The default against the fastest others; only one that beats it there replaces it."""
-        finalists = self._finalists()
+    def _race(self, *, cases: bool = False) -> None:
+        """The default against the fastest others; only one that beats it there replaces it. cases: all are to be right
+        on the small problems before."""
+        finalists = judge.finalists(self, cases)
         self.emit("race", f"{len(finalists)} finalists against the default")
-        results = self._contest(finalists)
-        if self.default not in results:
-            return self.row(None, None, None, f"the default config failed in the race: {self._why(self.default)}")
-        default = results.pop(self.default)
-        others = list(results)
-        index = choose(default, [results[c] for c in others])
-        winner, best = (self.default, default) if index is None else (others[index], results[others[index]])
-        self.ledger.win(winner, default.median, best.median)
-        return self.row(winner, default.median, best.median, "")
+        self._raced = judge.contest(self, finalists)
+        if self.default not in self._raced:
+            self._fails("failed in the race")
+            return
+        others = [config for config in self._raced if config != self.default]
+        index = choose(self._raced[self.default], [self._raced[c] for c in others])
+        self.likely = self.default if index is None else others[index]
 
-    def _finalists(self) -> list[Config]:
-        """The fastest that are right on the small problems too. Most candidates are far from this, and are spared the
-        compilation of a second set of kernels."""
-        ranking = [c for c in self.ledger.ranking() if c != self.default]
-        found: list[Config] = []
-        while ranking and (places := self.run.effort.finalists - len(found)) > 0:
-            best, ranking = ranking[:places], ranking[places:]
-            parts = {c: [self.run.pool.submit(self.spec, c, part) for part in ("length", "cases")] for c in best}
-            for config, futures in parts.items():
-                wrong = self._wrong(config, settled(futures), True, PROTOCOL)
-                if wrong is None:
-                    found.append(config)
-                else:
-                    self._record(config, wrong)
-        return found
+    def _fails(self, how: str) -> None:
+        """The default does, so there is nothing to compare others with."""
+        self._row = self.row(None, None, None, f"the default config {how}: {self._why(self.default)}")
 
-    def _contest(self, finalists: list[Config]) -> dict[Config, Estimate]:
-        """Race results, all recorded. Where the race breaks, each finalist meets the default alone, to tell who."""
-        everyone = [self.default, *finalists]
-        try:
-            results = dict(zip(everyone, self._race_once(everyone), strict=True))
-        except WorkerError as error:
-            if not finalists:
-                self._fail(self.default, error)
-                return {}
-            if len(finalists) == 1:
-                self._fail(finalists[0], error)
-                return self._contest([])
-            survivors = [c for c in finalists if c in self._contest([c])]
-            return self._contest(survivors) if len(survivors) < len(finalists) else self._contest(survivors[:1])
-        for config, result in results.items():
-            self.ledger.add(config, timed(result, {**PROTOCOL, "phase": "race", "contenders": len(everyone)}))
-        return results
-
-    def _race_once(self, configs: list[Config]) -> list[Estimate]:
-        return self.run.bench.race(self.spec, configs, self.run.effort.race_seconds, self.seed)
-
-    def _fail(self, config: Config, error: WorkerError) -> None:
-        self.ledger.add(config, failed(error.status, f"in the race: {error}", PROTOCOL))
+    def cases(self, config: Config) -> Future[Compiled]:
+        """``config`` compiled for the small problems."""
+        return self.run.pool.submit(self.spec, config, "cases")
 
     def _why(self, config: Config) -> str:
         result = self.ledger.latest[config]

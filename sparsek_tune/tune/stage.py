@@ -35,6 +35,10 @@ class Stage(Protocol):
         """
         ...
 
+    def verify_cases(self, config: Config) -> str | None:
+        """As ``verify``, on the small problems alone; :meth:`prepare` is not needed."""
+        ...
+
     def check(self) -> None:
         """Raise MemoryCorrupted where a candidate changed what all candidates share."""
         ...
@@ -65,3 +69,12 @@ class StageCache:
             stage.prepare()
             self._stage, self._spec = stage, spec
         return self._stage
+
+    def beside(self, spec: Spec) -> Stage:
+        """For a moment, and not prepared: the kept one stays."""
+        return self._stage if spec == self._spec else self._make(spec, self._mode)
+
+    def check(self) -> None:
+        """Of the kept stage, if there is one: see ``Stage.check``."""
+        if self._stage is not None:
+            self._stage.check()

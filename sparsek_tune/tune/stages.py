@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsek_tune import launch, launcher
+from sparsek_tune.kernel_templates import TEMPLATES
 from sparsek_tune.kernel_templates.base import Config
 from sparsek_tune.limits import ROWS_MAX
 from sparsek_tune.problem import Problem
@@ -234,11 +235,11 @@ class KernelStage:
         return launched
 
     def verify(self, config: Config, cases: bool = True) -> str | None:
-        if cases and (reason := self._wrong_case(config)) is not None:
+        if cases and (reason := self.verify_cases(config)) is not None:
             return reason
         return None if self._mode == "interpret" else self._wrong_at_length(config)
 
-    def _wrong_case(self, config: Config) -> str | None:
+    def verify_cases(self, config: Config) -> str | None:
         tolerance = TOLERANCE[self._small.dtype]
         for case in self._cases:
             got = _watched(partial(case.pipeline.outputs, self._spec.template, config))
@@ -299,9 +300,10 @@ class KernelStage:
 
     @cached_property
     def _small_companions(self) -> dict[str, Config]:
-        """With the shortest segments, so that a small problem has several: most of a list's parts need that."""
-        schedule = self._spec.companions["schedule"]
-        return {**self._spec.companions, "schedule": Config({**schedule, "SEGMENT": 256, "BLOCK": 256})}
+        """The defaults, whatever won: what a candidate is judged by depends on it alone, and is compiled once. With the
+        shortest segments, so that a small problem has several: most of a list's parts need that."""
+        defaults = {name: t.default(self._spec.problem, self._spec.device) for name, t in TEMPLATES.items()}
+        return {**defaults, "schedule": Config({**defaults["schedule"], "SEGMENT": 256, "BLOCK": 256})}
 
     @cached_property
     def _baseline(self) -> dict[str, Tensor]:

@@ -42,6 +42,7 @@ class _Ranked(NamedTuple):
 
 def search(search: Search) -> Row:
     """Static tuning of one template at one problem: the row has no times."""
+    search.begin()
     known = search.ledger.winner()
     configs = _candidates(search)
     if known is not None and _looked_at(search, Config.from_key(known.config)) >= len(configs):

@@ -144,7 +144,8 @@ class Run:
         self._rows: dict[tuple[str, Problem], Row] = {}
         self.end = math.inf if until is None else time.monotonic() + until - time.time()
         self._outlook = Outlook(effort.seconds / len(templates), self.end)
-        self._ahead: Sequence[Template] = ()  # to be tuned at the same problem, after the current one
+        self._ahead: Sequence[Search] = ()  # to be tuned at the same problem, after the current one
+        self._raced: list[Search] = []  # whose winners are not settled yet
         self._server = forkserver.take(factory)
         self.pool = CompilePool(factory, jobs, effort.timeout, self._server)
         self.bench = Bench(factory, "interpret" if device.static else "measure", effort.timeout, self._server)
@@ -217,15 +218,29 @@ class Run:
         limit = math.inf if self.device.static else self.effort.seconds  # static tuning looks at few configs anyway
         later = problem._replace(n=0)
         shares = Shares(limit, self.end, [*[problem] * len(templates), *[later] * ahead])
-        rows = []
-        for at, template in enumerate(templates):
+        searches = [Search(self, t, problem, partial(shares.of, problem), tell) for t in templates]
+        rows: dict[str, Row] = {}
+        self._raced.clear()
+        for at, search in enumerate(searches):
             if time.monotonic() >= self.end:
                 break
-            self._ahead = templates[at + 1 :]
-            search = Search(self, template, problem, partial(shares.of, problem), tell)
-            rows.append(static.search(search) if self.device.static else search.go())
+            self._ahead = searches[at + 1 :]
+            if self.device.static:
+                rows[search.template.name] = static.search(search)
+            else:
+                search.go()
+                self._raced.append(search)
+                rows |= self._settled(wait=False)
             shares.done(problem)
         self._ahead = ()
+        rows |= self._settled(wait=True)
+        return [rows[t.name] for t in templates if t.name in rows]
+
+    def _settled(self, *, wait: bool) -> dict[str, Row]:
+        """The rows of searches that have raced, if ``wait`` of all, by template."""
+        now = [search for search in self._raced if wait or search.ready]
+        rows = {search.template.name: search.settle() for search in now}
+        self._raced = [search for search in self._raced if search not in now]
         return rows
 
     def _help(self, what: Searching) -> bool:
@@ -245,8 +260,11 @@ class Run:
         won = self.won(problem)
         if template is not None and best is not None:
             won[template.name] = Won([best], [])
-        for t in self._ahead:
-            self.compile_default(self.spec(t, problem, won))
+        specs = [search.beside(won) for search in self._ahead]
+        for spec in specs:
+            self.compile_default(spec)
+        for search, spec in zip(self._ahead, specs, strict=True):
+            search.compile_opening(spec, early=True)
 
     def compile_default(self, spec: Spec) -> tuple[Future[Compiled], ...]:
         """All that the measuring process runs before the first other candidate: setup, length, cases."""
@@ -263,7 +281,8 @@ class Run:
     def won(self, problem: Problem) -> dict[str, Won]:
         """Of every template, here and as shipped."""
         stored = [*self._store.winners(), *self._shipped]
-        return {t.name: self._won(t, problem, stored) for t in self.templates.values()}
+        won = {t.name: self._won(t, problem, stored) for t in self.templates.values()}
+        return won | {s.template.name: Won([s.likely], []) for s in self._raced if s.problem == problem}
 
     def _won(self, template: Template, problem: Problem, stored: Sequence[Entry]) -> Won:
         like = [

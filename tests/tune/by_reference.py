@@ -8,6 +8,7 @@ timed length alone, "small NAME" for the small problems alone.
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import damage
@@ -111,6 +112,7 @@ def install(set_attribute=setattr):
     for function in (threshold, schedule, forward, dq, dkv):
         set_attribute(launch, function.__name__, function)
     set_attribute(stages, "_TORCH_DEVICE", {"measure": "cpu"})
+    set_attribute(stages, "TEMPLATES", dict.fromkeys(NAMES, SimpleNamespace(default=lambda problem, device: GOOD)))
 
 
 def make(spec, mode):

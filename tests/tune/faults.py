@@ -19,6 +19,9 @@ STATIC = Device("cuda", 90, "target cuda:90", 132, 232448, 50 << 20)
 FACTORY = "faults:make"
 
 
+FASTER = {"wrong": 100, "wrong in cases": 2, "kill in cases": 2}
+
+
 class OutOfMemoryError(RuntimeError):
     """Stands for torch's."""
 
@@ -82,6 +85,8 @@ class Stage:
     def _compile(self, config, part):
         if config["fault"] == f"compile error of {part}":
             raise ValueError("no such instruction")
+        if config["fault"] == f"slow {part}":
+            time.sleep(1.5)
         print("garbage of a compiler " * 1000)
         match "" if os.environ.get("FAULTS_HEALED") else config["fault"]:
             case "compile error":
@@ -105,6 +110,11 @@ class Stage:
         return Kernel("k", 64, 0, 1024, 4)
 
     def verify(self, config, cases=True):
+        if cases and (reason := self.verify_cases(config)) is not None:
+            return reason
+        return self._verify(config)
+
+    def _verify(self, config):
         match config["fault"]:
             case "wrong":
                 return "out: relative error 1"
@@ -113,6 +123,11 @@ class Stage:
                 sys.stdout.flush()
                 os.write(1, b"\x01\x02\x03 raw garbage\n")
         return None
+
+    def verify_cases(self, config):
+        if config["fault"] == "kill in cases":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "out: one row is off" if config["fault"] == "wrong in cases" else self._verify(config)
 
     def check(self):
         pass
@@ -137,7 +152,7 @@ class Stage:
             case "raises":
                 raise KeyError("a bug")
         # A wrong kernel is often a fast one.
-        ms, rng = true_ms(config) / (100 if config["fault"] == "wrong" else 1), random.Random(config.key)
+        ms, rng = true_ms(config) / FASTER.get(config["fault"], 1), random.Random(config.key)
         return lambda count: [ms * (1 + 0.01 * rng.random()) for _ in range(count)]
 
 

@@ -15,9 +15,10 @@ import pytest
 
 from sparsek_tune.kernel_templates.base import Config
 from sparsek_tune.tune import channel
-from sparsek_tune.tune.bench import Bench
+from sparsek_tune.tune.bench import Bench, BenchService
 from sparsek_tune.tune.channel import CallFailed, MachineError, Worker, WorkerDied, WorkerTimeout
 from sparsek_tune.tune.forkserver import ForkServer
+from sparsek_tune.tune.redzone import MemoryCorrupted
 from sparsek_tune.tune.types import Spec
 
 
@@ -208,6 +209,28 @@ def test_what_could_be_set_up_before_and_cannot_any_more_is_held_against_no_cand
             bench.verify(SPEC, GOOD)
         lost.unlink()
         assert bench.verify(SPEC, GOOD) is None
+
+
+def test_small_problems_are_met_beside_what_stays_set_up_and_is_looked_at_afterwards(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAULTS_LOG", str(tmp_path / "log"))
+    other = SPEC._replace(template="another")
+    with Bench(faults.FACTORY) as bench:
+        assert bench.verify(SPEC, GOOD) is None
+        assert bench.verify_cases(other, GOOD) is None
+        assert bench.verify_cases(SPEC, Config(tile=32, fault="wrong in cases")) == "out: one row is off"
+        assert bench.verify(SPEC, GOOD) is None
+    assert (tmp_path / "log").read_text().count("measure") == 1
+    service = BenchService(faults.FACTORY, "measure")
+    assert service.verify_cases(other, GOOD) is None
+    service.verify(SPEC, GOOD, True)
+
+    def check(self):
+        assert self.spec == SPEC
+        raise MemoryCorrupted("what is shared was written to")
+
+    monkeypatch.setattr(faults.Stage, "check", check)
+    with pytest.raises(MemoryCorrupted):
+        service.verify_cases(other, GOOD)
 
 
 def test_what_could_never_be_set_up_may_be_the_candidates_fault(lost):

@@ -105,6 +105,14 @@ def test_searches_side_by_side_share_what_is_to_come(clock):
     assert see("start", "b", 100.0).run_seconds_left == 100  # the longest one decides
 
 
+def test_a_search_that_has_raced_stands_in_nobodys_way(clock):
+    see = outlook(clock, 3)
+    see("start", "a", 100.0)
+    see("race", "a", 1.0)
+    clock.now += 1
+    assert see("start", "b", 20.0).run_seconds_left == pytest.approx(20 + 1 * (1 + 20) / 2)  # one after the other
+
+
 def test_a_search_that_cannot_tell_is_taken_at_its_limit(clock):
     see = outlook(clock, 1)
     see("start", "a", None)

@@ -119,6 +119,7 @@ def test_the_interpreter_verifies_the_real_defaults(template):
     problem = Problem.of("fp32", 32, 2, "kv", 32, 16, 1024, 1)
     spec = Spec(template, problem, device, {n: t.default(problem, device) for n, t in TEMPLATES.items()})
     with Bench(FACTORY, "interpret", 300.0) as bench:
+        assert bench.verify_cases(spec, spec.companions[template]) is None  # not set up yet
         assert bench.verify(spec, spec.companions[template]) is None
 
 

@@ -15,7 +15,7 @@ from sparsek_tune.db import reader
 from sparsek_tune.db.reader import Winners
 from sparsek_tune.db.store import Measured, Store
 from sparsek_tune.kernel_templates.base import Config
-from sparsek_tune.tune import EFFORTS, search, types
+from sparsek_tune.tune import EFFORTS, judge, search, types
 from sparsek_tune.tune.pool import CompilePool
 from sparsek_tune.tune.tuner import Run, tune
 
@@ -303,12 +303,12 @@ def test_no_process_outlives_a_run(store, monkeypatch, tmp_path):
 
 @pytest.fixture
 def submitted(monkeypatch):
-    """What was given to the compile pool, in order: (template, config, part)."""
+    """What was given to the compile pool, in order: (template, config, part, early)."""
     seen, real = [], CompilePool.submit
 
-    def spy(self, spec, config, part="length"):
-        seen.append((spec.template, config, part))
-        return real(self, spec, config, part)
+    def spy(self, spec, config, part="length", *, early=False):
+        seen.append((spec.template, config, part, early))
+        return real(self, spec, config, part, early=early)
 
     monkeypatch.setattr(CompilePool, "submit", spy)
     return seen
@@ -318,7 +318,49 @@ def test_what_searches_begin_with_is_compiled_first(store, submitted):
     one, two = faults.template("one", tiles=(16, 1024)), faults.template("two", tiles=(16, 1024))
     go(store, one, two)
     default, parts = Config(tile=32, fault="none"), ("setup", "length", "cases")
-    assert submitted[:6] == [(name, default, part) for name in ("one", "two") for part in parts]
+    waited_for = [(name, config, part) for name, config, part, early in submitted if not early]
+    assert waited_for[:6] == [(name, default, part) for name in ("one", "two") for part in parts]
+
+
+def test_what_a_search_proposes_before_it_has_results_is_compiled_by_then(store, submitted, monkeypatch):
+    from sparsek_tune.tune.bench import Bench
+
+    judged, real, count = [], Bench.verify, 5
+    monkeypatch.setattr(search, "OPENING", count)
+    monkeypatch.setattr(Bench, "verify", lambda *a: judged.append(len(submitted)) or real(*a))
+    one, two = faults.template("one", tiles=(16, 1024)), faults.template("two", tiles=(16, 1024))
+    go(store, one, two, jobs=4)
+    before = submitted[: judged[0]]  # the first default
+    for name in ("one", "two"):
+        wanted = [config for template, config, part, _ in submitted if (template, part) == (name, "length")]
+        opening = list(dict.fromkeys(wanted))[: 1 + count]
+        assert [c for t, c, part, _ in before if (t, part) == (name, "length")] == opening and len(opening) == 1 + count
+    assert {early for template, config, _, early in before if config != opening[0]} == {True, False}
+    assert not any(early for template, config, _, early in before if template == "one")
+
+
+def test_no_more_is_compiled_ahead_than_is_in_flight(store, submitted, monkeypatch):
+    monkeypatch.setattr(search, "WAITING", 1)
+    go(store, faults.template("one"), faults.template("two", tiles=(16, 1024)), jobs=1)
+    assert len({config for template, config, _, early in submitted if early and template == "two"}) == 2
+
+
+def test_what_was_to_be_compiled_beside_another_config_is_not_any_more(store, monkeypatch):
+    futures: dict = {}
+    real = CompilePool.submit
+
+    def spy(self, spec, config, part="length", *, early=False):
+        future = real(self, spec, config, part, early=early)
+        if spec.template == "two" and early:
+            futures.setdefault(spec.companions["one"]["tile"], []).append(future)
+        return future
+
+    monkeypatch.setattr(CompilePool, "submit", spy)
+    monkeypatch.setattr(search, "OPENING", 4)
+    monkeypatch.setitem(EFFORTS, "tiny", dataclasses.replace(TINY, trials=6))
+    go(store, faults.template("one", tiles=(16, 128)), faults.template("two", tiles=(8, 1024), faults=("slow length",)))
+    cancelled = {tile: [f.cancelled() for f in found] for tile, found in futures.items()}
+    assert any(cancelled[32]) and not any(cancelled[128]) and len(cancelled[128]) == 4
 
 
 def test_compilers_without_work_prepare_the_end_of_a_search_and_the_next_one(store, submitted, monkeypatch):
@@ -344,7 +386,7 @@ def test_compilers_without_work_prepare_the_end_of_a_search_and_the_next_one(sto
     one, two = faults.template("one", tiles=(16, 128)), faults.template("two", tiles=(16, 128))
     go(store, one, two)
     best = Config(tile=128, fault="none")
-    assert ("one", best, "cases") in before[0]
+    assert ("one", best, "cases", False) in before[0]
     assert beside[0] == Config(tile=32, fault="none") and beside[-1] == best
 
 
@@ -374,12 +416,13 @@ def test_what_no_gpu_has_run_does_not_stand_beside_a_gpus_kernels(store, compani
 
 
 def test_a_config_that_would_not_be_compiled_in_time_is_not_asked_for(store, monkeypatch):
-    """The default takes long to compile: no time is left for what takes as long again."""
+    """The default takes long to compile: no time is left for what takes as long again and is not compiled yet."""
+    monkeypatch.setattr(search, "OPENING", 2)
     monkeypatch.setitem(EFFORTS, "tiny", dataclasses.replace(TINY, seconds=6.0))
     real = search.settled
     monkeypatch.setattr(search, "settled", lambda parts: real(parts)._replace(seconds=3600.0))
     (row,) = go(store, faults.template())
-    assert row.tried == 1 and row.config == Config(tile=32, fault="none")
+    assert row.tried == 3
 
 
 def test_what_won_too_far_away_to_be_served_is_tried_where_it_fits_and_stands_beside_nothing(
@@ -420,6 +463,34 @@ def test_what_another_gpu_won_since_does_not_stand_for_this_ones_race(store):
     assert {entry.device for entry in store.winners()} == {faults.DEVICE, other}
 
 
+def test_a_search_goes_on_while_what_won_before_is_compiled_for_the_small_problems(store, companions):
+    events: list = []
+
+    def check(config, problem, device):
+        return None if (config["tile"] == 32) == (config["fault"] == "none") else "neither"
+
+    one = faults.template("one", tiles=(32, 128), faults=("none", "slow cases"), check=check)
+    rows = go(store, one, faults.template("two", tiles=(32, 64)), on_event=events.append)
+    order = [(e.kind, e.template) for e in events if e.kind in ("start", "race", "done")]
+    searches = [(kind, name) for name in ("one", "two") for kind in ("start", "race")]
+    assert order[:4] == searches and {*order[4:]} == {("done", "one"), ("done", "two")}
+    best = Config(tile=128, fault="slow cases")
+    assert [row.template for row in rows] == ["one", "two"] and rows[0].config == best == companions["two"]["one"]
+
+
+@pytest.mark.parametrize(("fault", "status"), [("wrong in cases", "wrong"), ("kill in cases", "runtime")])
+def test_what_won_and_fails_the_small_problems_then_is_recorded_and_the_race_held_again(store, fault, status):
+    events: list = []
+    one = faults.template("one", tiles=(32, 128), faults=("none", fault))
+    row, other = go(store, one, faults.template("two", tiles=(32, 64)), on_event=events.append)
+    assert row.config == Config(tile=128, fault="none") and other.config == Config(tile=64, fault="none")
+    results = latest(store, one)
+    assert results[Config(tile=128, fault=fault)].status == status
+    assert len([e for e in events if (e.kind, e.template) == ("race", "one")]) == 2
+    (served,) = [e for e in store.winners() if e.template == "one"]
+    assert served.config == row.config.key
+
+
 def test_finalists_that_fail_the_small_problems_are_recorded_and_do_not_win(store):
     t = faults.template(tiles=(16, 64), faults=("none", "compile error of cases"))
     (row,) = go(store, t)
@@ -430,14 +501,14 @@ def test_finalists_that_fail_the_small_problems_are_recorded_and_do_not_win(stor
 def test_a_race_that_breaks_for_many_but_for_no_two_is_held_with_the_fastest(store, monkeypatch):
     from sparsek_tune.tune.channel import WorkerTimeout
 
-    once = search.Search._race_once
+    once = judge._race
 
-    def race(self, configs):
+    def race(search, configs):
         if len(configs) > 2:
             raise WorkerTimeout("too many")
-        return once(self, configs)
+        return once(search, configs)
 
-    monkeypatch.setattr(search.Search, "_race_once", race)
+    monkeypatch.setattr(judge, "_race", race)
     (row,) = go(store, faults.template(tiles=(16, 256)))
     assert row.config == Config(tile=256, fault="none") and row.speedup > 2
 
