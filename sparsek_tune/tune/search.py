@@ -156,9 +156,9 @@ class Search:
                 found.append(config)
         return found
 
-    def compile_opening(self, spec: Spec, *, early: bool) -> None:
+    def compile_opening(self, spec: Spec) -> None:
         """Have compiled what is tried first at ``spec``, the default aside, and no more what was to be at another."""
-        opening = [self.run.pool.submit(spec, config, early=early) for config in self.opening[1:]]
+        opening = [self.run.pool.submit(spec, config, early=True) for config in self.opening[1:]]
         for future in set(self._opening).difference(opening):
             future.cancel()
         self._opening = opening
@@ -173,9 +173,9 @@ class Search:
         self.run.pool.start()
         self.run.bench.start()
         setup, *parts = self.run.compile_default(self.spec)
-        self.run.foresee(self.problem)
         if leading:
-            self.compile_opening(self.spec, early=False)
+            self.compile_opening(self.spec)
+        self.run.foresee(self.problem)
         setup.result()  # where it is not ok the measuring process will say so
         return settled(parts)
 

@@ -264,7 +264,7 @@ class Run:
         for spec in specs:
             self.compile_default(spec)
         for search, spec in zip(self._ahead, specs, strict=True):
-            search.compile_opening(spec, early=True)
+            search.compile_opening(spec)
 
     def compile_default(self, spec: Spec) -> tuple[Future[Compiled], ...]:
         """All that the measuring process runs before the first other candidate: setup, length, cases."""

@@ -51,6 +51,12 @@ def log(line):
             f.write(line + "\n")
 
 
+def gate():
+    """Wait until a test makes the file that FAULTS_GATE names."""
+    while not os.path.exists(os.environ["FAULTS_GATE"]):
+        time.sleep(0.01)
+
+
 class Stage:
     def __init__(self, spec, mode):
         self.spec, self.mode = spec, mode
@@ -63,7 +69,8 @@ class Stage:
 
     def kernels(self, config, part):
         """One, or three of which all candidates have two."""
-        slow = {"kernels": 0.2, "slow kernels": 0.5, "a kernel hangs": 600, "a kernel is killed once": 0}
+        slow = {"kernels": 0.2, "slow kernels": 0.5, "gated kernels": 0, "a kernel is killed once": 0}
+        slow["a kernel hangs"] = 600
         seconds = slow.get(config["fault"])
         if part == "setup":
             return {}
@@ -79,14 +86,16 @@ class Stage:
             with open(os.environ["FAULTS_LOG"]) as f:
                 if f.read().count("kernel all") == 1:
                     os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "gated kernels" and key == "every":
+            gate()
         time.sleep(seconds if seconds < 600 or key == "all" else 0)
         return Kernel(key, 64, 0, 1024, 4)
 
     def _compile(self, config, part):
         if config["fault"] == f"compile error of {part}":
             raise ValueError("no such instruction")
-        if config["fault"] == f"slow {part}":
-            time.sleep(1.5)
+        if config["fault"] == f"gated {part}":
+            gate()
         print("garbage of a compiler " * 1000)
         match "" if os.environ.get("FAULTS_HEALED") else config["fault"]:
             case "compile error":

@@ -335,8 +335,9 @@ def test_what_a_search_proposes_before_it_has_results_is_compiled_by_then(store,
         wanted = [config for template, config, part, _ in submitted if (template, part) == (name, "length")]
         opening = list(dict.fromkeys(wanted))[: 1 + count]
         assert [c for t, c, part, _ in before if (t, part) == (name, "length")] == opening and len(opening) == 1 + count
-    assert {early for template, config, _, early in before if config != opening[0]} == {True, False}
-    assert not any(early for template, config, _, early in before if template == "one")
+    assert all(early == (config != opening[0]) for _, config, _, early in before)
+    ahead = [template for template, _, _, early in before if early]
+    assert ahead == ["one"] * count + ["two"] * count
 
 
 def test_no_more_is_compiled_ahead_than_is_in_flight(store, submitted, monkeypatch):
@@ -345,7 +346,7 @@ def test_no_more_is_compiled_ahead_than_is_in_flight(store, submitted, monkeypat
     assert len({config for template, config, _, early in submitted if early and template == "two"}) == 2
 
 
-def test_what_was_to_be_compiled_beside_another_config_is_not_any_more(store, monkeypatch):
+def test_what_was_to_be_compiled_beside_another_config_is_not_any_more(store, gate, monkeypatch):
     futures: dict = {}
     real = CompilePool.submit
 
@@ -357,10 +358,16 @@ def test_what_was_to_be_compiled_beside_another_config_is_not_any_more(store, mo
 
     monkeypatch.setattr(CompilePool, "submit", spy)
     monkeypatch.setattr(search, "OPENING", 4)
-    monkeypatch.setitem(EFFORTS, "tiny", dataclasses.replace(TINY, trials=6))
-    go(store, faults.template("one", tiles=(16, 128)), faults.template("two", tiles=(8, 1024), faults=("slow length",)))
+    monkeypatch.setitem(EFFORTS, "tiny", dataclasses.replace(TINY, trials=5, timeout=60.0))
+    two = faults.template("two", tiles=(8, 1024), faults=("gated length",))
+    go(
+        store,
+        faults.template("one", tiles=(16, 128)),
+        two,
+        on_event=lambda event: event.kind == "race" and gate.touch(),
+    )
     cancelled = {tile: [f.cancelled() for f in found] for tile, found in futures.items()}
-    assert any(cancelled[32]) and not any(cancelled[128]) and len(cancelled[128]) == 4
+    assert any(cancelled[32]) and not any(cancelled[128]) and len(set(futures[128])) == 4
 
 
 def test_compilers_without_work_prepare_the_end_of_a_search_and_the_next_one(store, submitted, monkeypatch):
@@ -463,18 +470,26 @@ def test_what_another_gpu_won_since_does_not_stand_for_this_ones_race(store):
     assert {entry.device for entry in store.winners()} == {faults.DEVICE, other}
 
 
-def test_a_search_goes_on_while_what_won_before_is_compiled_for_the_small_problems(store, companions):
+def test_a_search_goes_on_while_what_won_before_is_compiled_for_the_small_problems(
+    store, companions, gate, monkeypatch
+):
+    monkeypatch.setitem(EFFORTS, "tiny", dataclasses.replace(TINY, timeout=60.0))
     events: list = []
+
+    def see(event):
+        events.append(event)
+        if (event.kind, event.template) == ("race", "two"):
+            gate.touch()
 
     def check(config, problem, device):
         return None if (config["tile"] == 32) == (config["fault"] == "none") else "neither"
 
-    one = faults.template("one", tiles=(32, 128), faults=("none", "slow cases"), check=check)
-    rows = go(store, one, faults.template("two", tiles=(32, 64)), on_event=events.append)
+    one = faults.template("one", tiles=(32, 128), faults=("none", "gated cases"), check=check)
+    rows = go(store, one, faults.template("two", tiles=(32, 64)), on_event=see, jobs=3)
     order = [(e.kind, e.template) for e in events if e.kind in ("start", "race", "done")]
     searches = [(kind, name) for name in ("one", "two") for kind in ("start", "race")]
     assert order[:4] == searches and {*order[4:]} == {("done", "one"), ("done", "two")}
-    best = Config(tile=128, fault="slow cases")
+    best = Config(tile=128, fault="gated cases")
     assert [row.template for row in rows] == ["one", "two"] and rows[0].config == best == companions["two"]["one"]
 
 
