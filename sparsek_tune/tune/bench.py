@@ -29,9 +29,11 @@ class BenchService:
             return stage.verify(config, cases)
 
     def verify_cases(self, spec: Spec, config: Config) -> str | None:
+        stage = self._stages.beside(spec)
         try:
-            return self._stages.beside(spec).verify_cases(config)
+            return stage.verify_cases(config)
         finally:
+            stage.check()
             self._stages.check()
 
     def measure(self, spec: Spec, config: Config, seconds: float, hopeless_ms: float) -> Estimate:
@@ -66,7 +68,7 @@ class Bench:
             env, server = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}, None
         self._worker = Worker("sparsek_tune.tune.bench:BenchService", factory, mode, env=env, server=server)
         self._timeout = timeout
-        self._ready: Spec | None = None
+        self._ready: list[Spec] = []  # what could be set up
 
     def __enter__(self) -> Bench:
         return self
@@ -86,10 +88,11 @@ class Bench:
         try:
             self._worker.call("prepare", spec, timeout=PREPARE_TIMEOUT)
         except WorkerError:
-            if spec != self._ready:  # its default config may be to blame, or a companion
+            if spec not in self._ready:  # its default config may be to blame, or a companion
                 raise
             self._again(spec)
-        self._ready = spec
+        if self._ready[-1:] != [spec]:
+            self._ready.append(spec)
 
     def _again(self, spec: Spec) -> None:
         """What could be set up before, once more in a new process; no candidate is to blame where that fails."""
@@ -106,7 +109,12 @@ class Bench:
 
     def verify_cases(self, spec: Spec, config: Config) -> str | None:
         """As ``verify``, on the small problems alone: another spec stays set up."""
-        return self._worker.call("verify_cases", spec, config, timeout=self._timeout)
+        try:
+            return self._worker.call("verify_cases", spec, config, timeout=self._timeout)
+        except WorkerError:
+            if self._ready:
+                self._again(self._ready[-1])  # is the candidate to blame?
+            raise
 
     def measure(self, spec: Spec, config: Config, seconds: float, hopeless_ms: float) -> Estimate:
         self.prepare(spec)

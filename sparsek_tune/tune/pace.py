@@ -69,7 +69,10 @@ class _Running:
     seen: float  # when ``left`` was told
     left: float | None
     searched: bool = False
-    raced: bool = False  # so the next one may have begun
+    over: float = math.inf  # when its race is, while the next one may have begun
+
+    def took(self, now: float) -> float:
+        return min(now, self.over) - self.start
 
 
 class Outlook:
@@ -93,16 +96,16 @@ class Outlook:
             one = self._running.pop(key, None)
             self._done += 1
             if one is not None and one.searched:
-                self._took.append(now - one.start)
+                self._took.append(one.took(now))
         elif event.kind != "note":
             one = self._running.setdefault(key, _Running(now, now, None))
             one.seen, one.left, one.searched = now, event.seconds_left, one.searched or event.kind == "trial"
-            one.raced = event.kind == "race"
-            self._lanes = max(self._lanes, sum(not r.raced for r in self._running.values()))
+            one.over = now + (event.seconds_left or 0.0) if event.kind == "race" else math.inf
+            self._lanes = max(self._lanes, sum(r.over == math.inf for r in self._running.values()))
         return event._replace(kernels_done=self._done, kernels=self.kernels, run_seconds_left=self._left(now))
 
     def _left(self, now: float) -> float:
-        running = [(now - r.start, self._left_of(r, now)) for r in self._running.values()]
+        running = [(r.took(now), self._left_of(r, now)) for r in self._running.values()]
         lefts = [left for _, left in running]
         samples = self._took or [elapsed + left for elapsed, left in running] or [self._limit]
         ahead = max(0, self.kernels - self._done - len(running)) * sum(samples) / len(samples)

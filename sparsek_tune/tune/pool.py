@@ -42,10 +42,12 @@ class _Job:
         self.future: Future[Compiled] = Future()
         self.kernels: list[_Kernel] = []
         self.begun = False  # to be listed
+        self.told = False  # that it is cancelled, who waits for it
 
     def cancel(self) -> None:
         """The end, also for who waits for it in a ``concurrent.futures.wait``."""
-        if self.future.cancel():
+        if self.future.cancel() and not self.told:
+            self.told = True
             self.future.set_running_or_notify_cancel()
 
     def settle(self) -> None:
@@ -70,7 +72,10 @@ class _Job:
             self.future.set_result(Compiled(status, reason, kernels, seconds))
 
     def _claim(self) -> bool:
-        return not self.future.done() and self.future.set_running_or_notify_cancel()
+        if self.future.done():
+            return False
+        self.told = not self.future.set_running_or_notify_cancel()
+        return not self.told
 
 
 class _Kernel:

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 from sparsek_tune.db.store import Measured
 from sparsek_tune.kernel_templates.base import Config, Template
@@ -21,7 +21,7 @@ from sparsek_tune.tune.pool import Compiled, settled
 from sparsek_tune.tune.propose import Proposals
 from sparsek_tune.tune.record import FAILED, INFEASIBLE, WRONG
 from sparsek_tune.tune.suite import Searching
-from sparsek_tune.tune.types import Event, Row, Spec, Trial
+from sparsek_tune.tune.types import Event, Part, Row, Spec, Trial
 
 if TYPE_CHECKING:
     from sparsek_tune.tune.tuner import Run
@@ -61,7 +61,7 @@ class Search:
         self.seed = zlib.crc32(f"{run.seed} {template.name} {self.key}".encode())
         self._share, self._tell = share, tell
         self._starts = run.won(problem)[template.name].starts
-        self._opening: list[Future[Compiled]] = []
+        self._compiling: dict[str, list[Future[Compiled]]] = {}  # what follows, not what is in flight
         self._elsewhere: set[Config] = set()  # configs that others work at
         self.total = 0
         self.looked_at: int | None = None  # configs, where the ledger does not hold all of them (static tuning)
@@ -98,15 +98,16 @@ class Search:
         elif self.total > before:
             self._set_up()
         if self.ledger.time(self.default) is None:
+            self._compile("opening", [])
             self._fails("does not work")
             return
         race = self.run.effort.race_seconds  # is to fit into the share too
         self.end = time.monotonic() + self._share(_LEAST + race) - race
         if self.total > before:
-            self._tell(Searching(self.template.name, self.problem, time.time() + self.end - time.monotonic()))
+            until = time.time() + self.end - time.monotonic()
+            self._tell(Searching(self.template.name, self.problem, until, self.spec.companions))
         self._explore(proposals, leading=True)
-        for future in self._opening:  # what there was no time for
-            future.cancel()
+        self._compile("opening", [])  # there is no time for more of it
         if stored is not None and self.ledger.count() == before and not self.ledger.unraced():  # the old race stands
             self._row = self.row(Config.from_key(stored.config), stored.default_ms, stored.tuned_ms, "as stored")
             return
@@ -115,7 +116,7 @@ class Search:
 
     @property
     def ready(self) -> bool:
-        """Whether ``settle`` would wait for nothing."""
+        """Whether ``settle`` has nothing to wait for, if the winner is right."""
         return self._row is not None or self.likely == self.default or self.cases(self.likely).done()
 
     def settle(self) -> Row:
@@ -130,9 +131,11 @@ class Search:
                 self._race(cases=True)
         return self._row
 
-    def help(self) -> bool:
-        """Take part in a search that another process drives, and races; whether there was anything to do."""
+    def help(self, companions: Mapping[str, Config]) -> bool:
+        """Take part in a search that another process drives, and races, beside ``companions``; whether there was
+        anything to do."""
         self.begin()
+        self.spec = self.spec._replace(companions=dict(companions))
         if self.ledger.time(self.default) is None:  # its driver is at it
             return False
         before = self.ledger.count()
@@ -156,12 +159,21 @@ class Search:
                 found.append(config)
         return found
 
+    def compile_default(self, spec: Spec, *, early: bool = False) -> list[Future[Compiled]]:
+        """Have compiled all that the measuring process runs before the first other candidate: setup, length, cases."""
+        parts = [self.run.pool.submit(spec, self.default, part, early=early) for part in get_args(Part)]
+        return self._compile("default", parts)
+
     def compile_opening(self, spec: Spec) -> None:
-        """Have compiled what is tried first at ``spec``, the default aside, and no more what was to be at another."""
-        opening = [self.run.pool.submit(spec, config, early=True) for config in self.opening[1:]]
-        for future in set(self._opening).difference(opening):
+        """Have compiled what is tried first, the default aside."""
+        self._compile("opening", [self.run.pool.submit(spec, config, early=True) for config in self.opening[1:]])
+
+    def _compile(self, what: str, futures: list[Future[Compiled]]) -> list[Future[Compiled]]:
+        """Note what was submitted, in place of what was before."""
+        for future in set(self._compiling.get(what, ())).difference(futures):
             future.cancel()
-        self._opening = opening
+        self._compiling[what] = futures
+        return futures
 
     @property
     def _most(self) -> int:
@@ -172,7 +184,7 @@ class Search:
         """Start the processes, and have compiled what the measuring process runs first; what became of the default."""
         self.run.pool.start()
         self.run.bench.start()
-        setup, *parts = self.run.compile_default(self.spec)
+        setup, *parts = self.compile_default(self.spec)
         if leading:
             self.compile_opening(self.spec)
         self.run.foresee(self.problem)
@@ -201,6 +213,8 @@ class Search:
                 elif self._claim(proposals, config):
                     compiling[self.run.pool.submit(self.spec, config)] = config
                     tried = True
+            if leading and not judging:
+                self.run.settle()
             if not compiling and not judging:
                 if not (leading and self._others(proposals)):
                     return tried
@@ -235,12 +249,12 @@ class Search:
         ranking, default = self.ledger.ranking(), self.ledger.time(self.default) or math.inf
         clear = (self.ledger.best_ms or math.inf) < (1 - CLOSE_ENOUGH) * default
         likely = ranking[0] if clear else self.default
-        if likely == self._foreseen or not (clear or last):
+        if not last and (likely == self._foreseen or not clear):
             return
-        self._foreseen = likely
-        if likely != self.default:
-            self.cases(likely)
-        self.run.foresee(self.problem, self.template, likely)
+        self._foreseen, early = likely, not last
+        winner = [likely] if likely != self.default else []
+        self._compile("cases", [self.run.pool.submit(self.spec, c, "cases", early=early) for c in winner])
+        self.run.foresee(self.problem, self.template, likely, early=early)
 
     def _claim(self, proposals: Proposals, config: Config) -> bool:
         """Whether this process is to try ``config``: nobody else tries it, or has tried it."""

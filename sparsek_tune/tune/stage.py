@@ -40,7 +40,7 @@ class Stage(Protocol):
         ...
 
     def check(self) -> None:
-        """Raise MemoryCorrupted where a candidate changed what all candidates share."""
+        """Raise MemoryCorrupted where a candidate changed what all candidates share, as far as that is there."""
         ...
 
     def sampler(self, config: Config) -> Sample:

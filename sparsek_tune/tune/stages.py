@@ -213,7 +213,9 @@ class KernelStage:
             with launch.dry_run():  # a candidate needs the shapes of what runs before it, not its kernels
                 _ = self._full.dq_results, self._meta_small.dq_results
             return
-        _ = self._shared
+        _ = self._shared_cases
+        if self._mode == "measure":
+            _ = self._shared_length
 
     def kernels(self, config: Config, part: Part) -> Mapping[str, Callable[[], Kernel]]:
         return kernels_of(self._launched(config, part))
@@ -240,6 +242,7 @@ class KernelStage:
         return None if self._mode == "interpret" else self._wrong_at_length(config)
 
     def verify_cases(self, config: Config) -> str | None:
+        _ = self._shared_cases  # as they are before the candidate runs
         tolerance = TOLERANCE[self._small.dtype]
         for case in self._cases:
             got = _watched(partial(case.pipeline.outputs, self._spec.template, config))
@@ -268,7 +271,8 @@ class KernelStage:
             return sample.difference(self._full_inputs, found, got, TOLERANCE[self._spec.problem.dtype])
 
     def check(self) -> None:
-        self._shared.check()
+        for name in {"_shared_cases", "_shared_length"} & self.__dict__.keys():
+            getattr(self, name).check()
 
     def sampler(self, config: Config) -> Sample:
         return self._time(partial(self._full.run, self._spec.template, config))
@@ -316,17 +320,18 @@ class KernelStage:
         return self._at_length(run)
 
     @cached_property
-    def _shared(self) -> Fingerprint:
-        """Of all that candidates read and are judged by."""
-        found = [
+    def _shared_cases(self) -> Fingerprint:
+        """Of all that candidates read and are judged by on the small problems."""
+        return Fingerprint([
             (f"{name} ({case.name} scores, n={self._small.n})", t)
             for case in self._cases
             for name, t in [*case.pipeline.tensors(), *case.want.items()]
-        ]
-        if self._mode == "measure":
-            found += _tensors("", self._baseline)
-            found += self._full.tensors()
-        return Fingerprint(found)
+        ])  # fmt: skip
+
+    @cached_property
+    def _shared_length(self) -> Fingerprint:
+        """The same at the timed length."""
+        return Fingerprint([*_tensors("", self._baseline), *self._full.tensors()])
 
     @cached_property
     def _cases(self) -> list[_Case]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from sparsek_tune.kernel_templates.base import Template
+from sparsek_tune.kernel_templates.base import Config, Template
 from sparsek_tune.problem import Device, Problem
 from sparsek_tune.tune import studies
 from sparsek_tune.tune.studies import Studies
@@ -28,11 +28,18 @@ Task = tuple[Problem, tuple[str, ...]]  # a problem and the names of the kernels
 
 
 class Searching(NamedTuple):
-    """A search under way. until: Unix time."""
+    """A search under way. until: Unix time; companions: what stands beside it, as in its ``Spec``."""
 
     template: str
     problem: Problem
     until: float
+    companions: Mapping[str, Config]
+
+
+def _searching(problem: Mapping[str, Any], companions: Mapping[str, str], **fields: Any) -> Searching:
+    """From its JSON form."""
+    beside = {name: Config.from_key(key) for name, key in companions.items()}
+    return Searching(problem=Problem(**problem), companions=beside, **fields)
 
 
 def tasks(problems: Sequence[Problem], templates: Sequence[Template]) -> list[Task]:
@@ -115,14 +122,17 @@ class Suite:
         return sum(len(t.user_attrs["kernels"]) for t in waiting), max(1, len(driven))
 
     def searching(self, claim: int, search: Searching) -> None:
-        self._studies.note(claim, "search", [search.template, search.problem._asdict(), search.until])
+        companions = {name: config.key for name, config in search.companions.items()}
+        self._studies.note(
+            claim, "searching", {**search._asdict(), "problem": search.problem._asdict(), "companions": companions}
+        )
 
     def searches(self) -> list[Searching]:
         """What others are at."""
         self.bury()
-        found = [t.user_attrs["search"] for t in self._studies.trials(self._study, TrialState.RUNNING)
-                 if "search" in t.user_attrs]  # fmt: skip
-        return [Searching(name, Problem(**problem), until) for name, problem, until in found]
+        found = [t.user_attrs["searching"] for t in self._studies.trials(self._study, TrialState.RUNNING)
+                 if "searching" in t.user_attrs]  # fmt: skip
+        return [_searching(**fields) for fields in found]
 
     def finish(self, claim: int, rows: Sequence[Row]) -> None:
         """The problem is done. What the trial is worth: the part of the default's time that is left."""

@@ -7,11 +7,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from sparsek_tune import dispatch
 from sparsek_tune.db import reader
@@ -24,13 +24,13 @@ from sparsek_tune.tune import forkserver, static
 from sparsek_tune.tune.bench import Bench
 from sparsek_tune.tune.board import Board
 from sparsek_tune.tune.pace import Outlook, Shares
-from sparsek_tune.tune.pool import Compiled, CompilePool
+from sparsek_tune.tune.pool import CompilePool
 from sparsek_tune.tune.record import Ledger
 from sparsek_tune.tune.search import POLL, Search, Won
 from sparsek_tune.tune.stage import FACTORY
 from sparsek_tune.tune.studies import Studies, StudiesError, path_beside
 from sparsek_tune.tune.suite import Searching, Suite, Task, again, tasks
-from sparsek_tune.tune.types import EFFORTS, Event, OnEvent, Part, Row, Spec
+from sparsek_tune.tune.types import EFFORTS, Event, OnEvent, Row, Spec
 
 
 def tune(
@@ -218,30 +218,31 @@ class Run:
         limit = math.inf if self.device.static else self.effort.seconds  # static tuning looks at few configs anyway
         later = problem._replace(n=0)
         shares = Shares(limit, self.end, [*[problem] * len(templates), *[later] * ahead])
-        searches = [Search(self, t, problem, partial(shares.of, problem), tell) for t in templates]
-        rows: dict[str, Row] = {}
         self._raced.clear()
+        searches = [Search(self, t, problem, partial(shares.of, problem), tell) for t in templates]
+        gone: list[Search] = []
+        rows: list[Row] = []
         for at, search in enumerate(searches):
             if time.monotonic() >= self.end:
                 break
             self._ahead = searches[at + 1 :]
             if self.device.static:
-                rows[search.template.name] = static.search(search)
+                rows.append(static.search(search))
             else:
                 search.go()
+                gone.append(search)
                 self._raced.append(search)
-                rows |= self._settled(wait=False)
+                self.settle()
             shares.done(problem)
         self._ahead = ()
-        rows |= self._settled(wait=True)
-        return [rows[t.name] for t in templates if t.name in rows]
+        self.settle(wait=True)
+        return rows + [search.settle() for search in gone]
 
-    def _settled(self, *, wait: bool) -> dict[str, Row]:
-        """The rows of searches that have raced, if ``wait`` of all, by template."""
-        now = [search for search in self._raced if wait or search.ready]
-        rows = {search.template.name: search.settle() for search in now}
-        self._raced = [search for search in self._raced if search not in now]
-        return rows
+    def settle(self, *, wait: bool = False) -> None:
+        """The last word on what has raced, as far as it is compiled. The measuring process has to be idle."""
+        for search in [search for search in self._raced if wait or search.ready]:
+            search.settle()
+            self._raced.remove(search)
 
     def _help(self, what: Searching) -> bool:
         """Take part in a search that another process drives; whether there was anything to do."""
@@ -249,28 +250,24 @@ class Run:
             return False
         seconds = max(0.0, min(what.until - time.time(), self.end - time.monotonic()))
         search = Search(self, self.templates[what.template], what.problem, lambda least=0.0: seconds)
-        return search.help()
+        return search.help(what.companions)
 
     def board(self, template: Template, problem: Problem) -> Board:
         return Board(self._studies, self.device, template, problem, self.note)
 
-    def foresee(self, problem: Problem, template: Template | None = None, best: Config | None = None) -> None:
+    def foresee(
+        self, problem: Problem, template: Template | None = None, best: Config | None = None, *, early: bool = False
+    ) -> None:
         """Have compiled what the searches to come at ``problem`` begin with, in their order, if it is the ``best``
-        config of ``template`` that stands beside them."""
+        config of ``template`` that stands beside them. early: see ``CompilePool.submit``."""
         won = self.won(problem)
         if template is not None and best is not None:
             won[template.name] = Won([best], [])
         specs = [search.beside(won) for search in self._ahead]
-        for spec in specs:
-            self.compile_default(spec)
+        for search, spec in zip(self._ahead, specs, strict=True):
+            search.compile_default(spec, early=early)
         for search, spec in zip(self._ahead, specs, strict=True):
             search.compile_opening(spec)
-
-    def compile_default(self, spec: Spec) -> tuple[Future[Compiled], ...]:
-        """All that the measuring process runs before the first other candidate: setup, length, cases."""
-        default = spec.companions[spec.template]
-        setup, length, cases = (self.pool.submit(spec, default, part) for part in get_args(Part))
-        return setup, length, cases
 
     def spec(self, template: Template, problem: Problem, won: Mapping[str, Won]) -> Spec:
         """With what is served of the other templates as companions; of ``template`` itself the default."""

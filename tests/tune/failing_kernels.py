@@ -104,6 +104,8 @@ class Stage:
         return None if error <= 1e-5 else f"out: relative error {error:.2e}"
 
     def verify_cases(self, config):
+        if not hasattr(self, "x"):
+            self.prepare()
         return self.verify(config)
 
     def check(self):

@@ -232,6 +232,15 @@ def test_kernels_of_what_is_early_are_compiled_when_others_need_them_or_it_is_as
     assert kernels(log) == ["every", "all", *(mine + others if again else others + mine)]
 
 
+def test_a_pool_is_closed_whatever_was_cancelled_before():
+    pool = CompilePool(faults.FACTORY, jobs=1)
+    futures = [pool.submit(SPEC, Config(tile=tile, fault="slow kernels")) for tile in (16, 32, 64)]
+    assert futures[1].cancel()
+    pool.close()
+    pool.close()
+    assert all(future.cancelled() for future in futures)
+
+
 @pytest.mark.compile90
 def test_kernels_that_are_put_off_are_listed_and_compiled_when_asked_for(tmp_path, monkeypatch):
     from compiled import product

@@ -15,7 +15,7 @@ from sparsek_tune.db.store import Store
 from sparsek_tune.kernel_templates.base import Choice, Config, Cost, Param, Pow2, Template
 from sparsek_tune.tune import EFFORTS, sample, types
 from sparsek_tune.tune import stages as module
-from sparsek_tune.tune.bench import Bench
+from sparsek_tune.tune.bench import Bench, BenchService
 from sparsek_tune.tune.redzone import MemoryCorrupted
 from sparsek_tune.tune.stages import make_inputs
 from sparsek_tune.tune.tuner import tune
@@ -159,6 +159,22 @@ def test_what_all_candidates_share_may_not_change(monkeypatch, name, words, late
     with pytest.raises(MemoryCorrupted, match=f"beside it: .*{words}") as error:
         stage.check()
     assert ("n=461" in str(error.value)) == (late == "")
+    module._solved.cache_clear()
+
+
+@pytest.mark.parametrize("kept", ["its own", "another", "none"])
+@pytest.mark.parametrize("name", ["changes an input", "writes beside an input", "changes the selection"])
+def test_nor_on_small_problems_alone_whichever_stage_is_kept(monkeypatch, name, kept):
+    by_reference.install(monkeypatch.setattr)
+    monkeypatch.setattr(by_reference, "install", lambda: None)
+    module._solved.cache_clear()
+    template = MEMORY[name][0]
+    service = BenchService(FACTORY, "measure")
+    if kept != "none":
+        service.prepare(spec(template if kept == "its own" else "threshold"))
+    assert service.verify_cases(spec(template), GOOD) is None
+    with pytest.raises(MemoryCorrupted, match="n=461"):
+        service.verify_cases(spec(template), bad(f"small {name}"))
     module._solved.cache_clear()
 
 

@@ -111,6 +111,25 @@ def test_a_search_that_has_raced_stands_in_nobodys_way(clock):
     see("race", "a", 1.0)
     clock.now += 1
     assert see("start", "b", 20.0).run_seconds_left == pytest.approx(20 + 1 * (1 + 20) / 2)  # one after the other
+    clock.now += 19
+    see("race", "b", 1.0)
+    clock.now += 1
+    see("start", "c", 20.0)
+    see("done", "a", 0.0)
+    assert see("done", "b", 0.0).run_seconds_left == 20
+    assert see("trial", "c", 15.0).run_seconds_left == 15
+
+
+def test_how_long_searches_take_does_not_count_those_that_go_on_beside_what_has_raced(clock):
+    see = outlook(clock, 10)
+    for left, (before, name) in zip(range(9, 0, -1), zip(" abcdefgh", "abcdefghi", strict=True), strict=True):
+        see("start", name, 30.0)
+        clock.now += 29
+        see("trial", name, 1.0)
+        event = see("race", name, 1.0)
+        clock.now += 1
+        event = see("done", before, 0.0) if before != " " else event
+        assert event.run_seconds_left == pytest.approx(30 * left, abs=1.1)
 
 
 def test_a_search_that_cannot_tell_is_taken_at_its_limit(clock):

@@ -16,7 +16,9 @@ from sparsek_tune.db.reader import Winners
 from sparsek_tune.db.store import Measured, Store
 from sparsek_tune.kernel_templates.base import Config
 from sparsek_tune.tune import EFFORTS, judge, search, types
+from sparsek_tune.tune.channel import MachineError
 from sparsek_tune.tune.pool import CompilePool
+from sparsek_tune.tune.suite import Searching
 from sparsek_tune.tune.tuner import Run, tune
 
 TINY = types.Effort(40, 60.0, 0.01, 3, 0.01, 4, 2, timeout=3.0)
@@ -343,7 +345,8 @@ def test_what_a_search_proposes_before_it_has_results_is_compiled_by_then(store,
 def test_no_more_is_compiled_ahead_than_is_in_flight(store, submitted, monkeypatch):
     monkeypatch.setattr(search, "WAITING", 1)
     go(store, faults.template("one"), faults.template("two", tiles=(16, 1024)), jobs=1)
-    assert len({config for template, config, _, early in submitted if early and template == "two"}) == 2
+    ahead = {c for t, c, part, early in submitted if early and (t, part) == ("two", "length") and c["tile"] != 32}
+    assert len(ahead) == 2
 
 
 def test_what_was_to_be_compiled_beside_another_config_is_not_any_more(store, gate, monkeypatch):
@@ -352,7 +355,7 @@ def test_what_was_to_be_compiled_beside_another_config_is_not_any_more(store, ga
 
     def spy(self, spec, config, part="length", *, early=False):
         future = real(self, spec, config, part, early=early)
-        if spec.template == "two" and early:
+        if (spec.template, part) == ("two", "length") and early and config["tile"] != 32:
             futures.setdefault(spec.companions["one"]["tile"], []).append(future)
         return future
 
@@ -360,12 +363,8 @@ def test_what_was_to_be_compiled_beside_another_config_is_not_any_more(store, ga
     monkeypatch.setattr(search, "OPENING", 4)
     monkeypatch.setitem(EFFORTS, "tiny", dataclasses.replace(TINY, trials=5, timeout=60.0))
     two = faults.template("two", tiles=(8, 1024), faults=("gated length",))
-    go(
-        store,
-        faults.template("one", tiles=(16, 128)),
-        two,
-        on_event=lambda event: event.kind == "race" and gate.touch(),
-    )
+    one = faults.template("one", tiles=(16, 128))
+    go(store, one, two, on_event=lambda event: event.kind == "race" and gate.touch(), jobs=3)
     cancelled = {tile: [f.cancelled() for f in found] for tile, found in futures.items()}
     assert any(cancelled[32]) and not any(cancelled[128]) and len(set(futures[128])) == 4
 
@@ -382,18 +381,20 @@ def test_compilers_without_work_prepare_the_end_of_a_search_and_the_next_one(sto
         return real(self, *arguments)
 
     monkeypatch.setattr(Bench, "race", race)
-    beside, compile_default = [], Run.compile_default
+    beside, compile_default = [], search.Search.compile_default
 
-    def spy(self, spec):
+    def spy(self, spec, **options):
         if spec.template == "two" and not before:
             beside.append(spec.companions["one"])
-        return compile_default(self, spec)
+        return compile_default(self, spec, **options)
 
-    monkeypatch.setattr(Run, "compile_default", spy)
+    monkeypatch.setattr(search.Search, "compile_default", spy)
     one, two = faults.template("one", tiles=(16, 128)), faults.template("two", tiles=(16, 128))
     go(store, one, two)
     best = Config(tile=128, fault="none")
-    assert ("one", best, "cases", False) in before[0]
+    cases = [(config, early) for name, config, part, early in before[0] if (name, part) == ("one", "cases")]
+    assert cases[-1] == (best, False) and all(early for config, early in cases[1:-1])  # the first is the default
+    assert len(cases) > 2 and cases[-2] == (best, True)
     assert beside[0] == Config(tile=32, fault="none") and beside[-1] == best
 
 
@@ -470,6 +471,10 @@ def test_what_another_gpu_won_since_does_not_stand_for_this_ones_race(store):
     assert {entry.device for entry in store.winners()} == {faults.DEVICE, other}
 
 
+def only_the_default_has_no_fault(config, problem, device):
+    return None if (config["tile"] == 32) == (config["fault"] in ("none", "wrong")) else "neither"
+
+
 def test_a_search_goes_on_while_what_won_before_is_compiled_for_the_small_problems(
     store, companions, gate, monkeypatch
 ):
@@ -481,16 +486,81 @@ def test_a_search_goes_on_while_what_won_before_is_compiled_for_the_small_proble
         if (event.kind, event.template) == ("race", "two"):
             gate.touch()
 
-    def check(config, problem, device):
-        return None if (config["tile"] == 32) == (config["fault"] == "none") else "neither"
-
-    one = faults.template("one", tiles=(32, 128), faults=("none", "gated cases"), check=check)
+    one = faults.template("one", tiles=(32, 128), faults=("none", "gated cases"), check=only_the_default_has_no_fault)
     rows = go(store, one, faults.template("two", tiles=(32, 64)), on_event=see, jobs=3)
     order = [(e.kind, e.template) for e in events if e.kind in ("start", "race", "done")]
     searches = [(kind, name) for name in ("one", "two") for kind in ("start", "race")]
     assert order[:4] == searches and {*order[4:]} == {("done", "one"), ("done", "two")}
     best = Config(tile=128, fault="gated cases")
     assert [row.template for row in rows] == ["one", "two"] and rows[0].config == best == companions["two"]["one"]
+
+
+def test_what_won_is_served_while_the_next_search_goes_on(store, gate, monkeypatch):
+    monkeypatch.setitem(EFFORTS, "tiny", dataclasses.replace(TINY, timeout=60.0))
+    cases, served, real = [], [], CompilePool.submit
+
+    def spy(self, spec, config, part="length", *, early=False):
+        future = real(self, spec, config, part, early=early)
+        if (spec.template, config["tile"], part) == ("one", 128, "cases"):
+            cases.append(future)
+        return future
+
+    def see(event):
+        if (event.kind, event.template) == ("trial", "two"):
+            gate.touch()
+            assert cases[-1].result().status == "ok"
+        if (event.kind, event.template) == ("race", "two"):
+            served.extend(store.winners())
+
+    monkeypatch.setattr(CompilePool, "submit", spy)
+    one = faults.template("one", tiles=(32, 128), faults=("none", "gated cases"), check=only_the_default_has_no_fault)
+    go(store, one, faults.template("two", tiles=(32, 64)), on_event=see, jobs=3)
+    assert [(e.template, e.config) for e in served] == [("one", Config(tile=128, fault="gated cases").key)]
+
+
+def test_a_gpu_that_is_lost_when_a_winner_meets_the_small_problems_is_held_against_nothing(
+    store, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("FAULTS_LOST", str(tmp_path / "lost"))
+    one = faults.template("one", tiles=(16, 128))
+    with pytest.raises(MachineError, match="no CUDA-capable"):
+        go(store, one, on_event=lambda event: event.kind == "race" and (tmp_path / "lost").touch())
+    assert {result.status for result in latest(store, one).values()} == {"ok"}
+    (tmp_path / "lost").unlink()
+    (row,) = go(store, one)
+    assert row.config == Config(tile=128, fault="none") and row.tried == len(latest(store, one)) == 4
+
+
+def test_a_default_that_fails_takes_what_was_to_be_tried_after_it_along(store, gate, monkeypatch):
+    futures, real = [], CompilePool.submit
+
+    def spy(self, spec, config, part="length", *, early=False):
+        future = real(self, spec, config, part, early=early)
+        futures.extend([future] if early else [])
+        return future
+
+    def see(event):
+        if event.kind == "done":
+            assert futures and all(future.cancelled() for future in futures)
+
+    monkeypatch.setattr(CompilePool, "submit", spy)
+    bad = faults.template(tiles=(16, 128), faults=("wrong", "gated length"), check=only_the_default_has_no_fault)
+    (row,) = go(store, bad, on_event=see, jobs=3)
+    assert row.config is None
+
+
+def test_who_helps_stands_beside_what_the_driver_does(store, monkeypatch):
+    one, two = faults.template("one"), faults.template("two", tiles=(16, 1024))
+    monkeypatch.setitem(EFFORTS, "tiny", dataclasses.replace(TINY, trials=2))
+    go(store, one, two)
+    seen, real = [], search.Search._explore
+    monkeypatch.setattr(search.Search, "_explore", lambda self, *a, **k: seen.append(self.spec) or real(self, *a, **k))
+    companions = {"one": Config(tile=16, fault="none"), "two": Config(tile=32, fault="none")}
+    templates, about = {"one": one, "two": two}, {"effort": "default", "seed": 0, "until": None}
+    number = store.start_run("help")
+    with Run(faults.DEVICE, store, number, templates, about, None, faults.FACTORY, 2, None) as run:
+        assert run._help(Searching("two", faults.PROBLEM, time.time() + 5, companions))
+    assert [spec.companions for spec in seen] == [companions]
 
 
 @pytest.mark.parametrize(("fault", "status"), [("wrong in cases", "wrong"), ("kill in cases", "runtime")])
