@@ -100,7 +100,10 @@ class Outlook:
         elif event.kind != "note":
             one = self._running.setdefault(key, _Running(now, now, None))
             one.seen, one.left, one.searched = now, event.seconds_left, one.searched or event.kind == "trial"
-            one.over = now + (event.seconds_left or 0.0) if event.kind == "race" else math.inf
+            if event.kind == "start":
+                one.over = math.inf
+            elif event.kind == "race":
+                one.over = min(one.over, now + (event.seconds_left or 0.0))
             self._lanes = max(self._lanes, sum(r.over == math.inf for r in self._running.values()))
         return event._replace(kernels_done=self._done, kernels=self.kernels, run_seconds_left=self._left(now))
 

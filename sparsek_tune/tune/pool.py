@@ -175,7 +175,8 @@ class CompilePool:
         try:
             keys = worker.call("kernels", *job.asked, timeout=_PREPARE_TIMEOUT)
         except BaseException as error:
-            job.fail(error)
+            with self._lock:
+                job.fail(error)
             return
         with self._lock:
             for key in keys:

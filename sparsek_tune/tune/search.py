@@ -70,6 +70,7 @@ class Search:
         self._foreseen: Config | None = None  # as the winner
         self.likely = self.default  # the winner of the race
         self._raced: dict[Config, Estimate] = {}
+        self._refuted = False  # the winner, by the small problems
         self._row: Row | None = None
 
     def begin(self) -> None:
@@ -116,19 +117,31 @@ class Search:
 
     @property
     def ready(self) -> bool:
-        """Whether ``settle`` has nothing to wait for, if the winner is right."""
-        return self._row is not None or self.likely == self.default or self.cases(self.likely).done()
+        """Whether ``confirm`` has nothing to wait for."""
+        return not self._refuted and (self.likely == self.default or self.cases(self.likely).done())
+
+    @property
+    def settled(self) -> bool:
+        return self._row is not None
+
+    def confirm(self) -> None:
+        """Serve what won the race, if it is right on the small problems too, which others are spared: their kernels are
+        compiled while the next search goes on. If it is not, another race is to be held."""
+        if self.likely == self.default or judge.right(self, self.likely):
+            default, winner = self._raced[self.default], self._raced[self.likely]
+            self.ledger.win(self.likely, default.median, winner.median)
+            self._row = self.row(self.likely, default.median, winner.median, "")
+        else:
+            self.likely, self._refuted = self.default, True
 
     def settle(self) -> Row:
-        """The outcome. The winner has to be right on the small problems too; others are spared these. Their kernels are
-        compiled while the next search goes on."""
+        """The outcome, whatever it takes."""
         while self._row is None:
-            if self.likely == self.default or judge.right(self, self.likely):
-                default, winner = self._raced[self.default], self._raced[self.likely]
-                self.ledger.win(self.likely, default.median, winner.median)
-                self._row = self.row(self.likely, default.median, winner.median, "")
-            else:
+            if self._refuted:
+                self._refuted = False
                 self._race(cases=True)
+            else:
+                self.confirm()
         return self._row
 
     def help(self, companions: Mapping[str, Config]) -> bool:

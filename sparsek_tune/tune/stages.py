@@ -271,8 +271,9 @@ class KernelStage:
             return sample.difference(self._full_inputs, found, got, TOLERANCE[self._spec.problem.dtype])
 
     def check(self) -> None:
-        for name in {"_shared_cases", "_shared_length"} & self.__dict__.keys():
-            getattr(self, name).check()
+        for name in ("_shared_cases", "_shared_length"):
+            if name in self.__dict__:
+                getattr(self, name).check()
 
     def sampler(self, config: Config) -> Sample:
         return self._time(partial(self._full.run, self._spec.template, config))

@@ -240,9 +240,12 @@ class Run:
 
     def settle(self, *, wait: bool = False) -> None:
         """The last word on what has raced, as far as it is compiled. The measuring process has to be idle."""
-        for search in [search for search in self._raced if wait or search.ready]:
-            search.settle()
-            self._raced.remove(search)
+        for search in self._raced:
+            if wait:
+                search.settle()
+            elif not search.settled and search.ready:
+                search.confirm()
+        self._raced = [search for search in self._raced if not search.settled]
 
     def _help(self, what: Searching) -> bool:
         """Take part in a search that another process drives; whether there was anything to do."""

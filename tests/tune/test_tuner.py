@@ -544,6 +544,7 @@ def test_a_default_that_fails_takes_what_was_to_be_tried_after_it_along(store, g
             assert futures and all(future.cancelled() for future in futures)
 
     monkeypatch.setattr(CompilePool, "submit", spy)
+    monkeypatch.setitem(EFFORTS, "tiny", dataclasses.replace(TINY, timeout=60.0))
     bad = faults.template(tiles=(16, 128), faults=("wrong", "gated length"), check=only_the_default_has_no_fault)
     (row,) = go(store, bad, on_event=see, jobs=3)
     assert row.config is None
@@ -559,7 +560,7 @@ def test_who_helps_stands_beside_what_the_driver_does(store, monkeypatch):
     templates, about = {"one": one, "two": two}, {"effort": "default", "seed": 0, "until": None}
     number = store.start_run("help")
     with Run(faults.DEVICE, store, number, templates, about, None, faults.FACTORY, 2, None) as run:
-        assert run._help(Searching("two", faults.PROBLEM, time.time() + 5, companions))
+        assert run._help(Searching("two", faults.PROBLEM, time.time() + 60, companions))
     assert [spec.companions for spec in seen] == [companions]
 
 
