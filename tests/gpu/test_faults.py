@@ -135,6 +135,9 @@ def test_what_the_pool_compiles_is_all_that_the_measuring_process_runs(specs):
             assert bench.verify(spec, spec.companions[name]) is None
             assert bench.measure(spec, spec.companions[name], 0.02, float("inf")).median > 0
             assert cubins() == before, name
+        for name, spec in specs.items():  # beside the stage that is set up
+            assert bench.verify_cases(spec, spec.companions[name]) is None
+            assert cubins() == before, name
 
 
 def test_the_real_kernels_write_nothing_but_their_own(specs):

@@ -25,6 +25,7 @@ from sparsek_tune.tune.cubin import MOST_STACK, infeasible, resources
 from sparsek_tune.tune.forkserver import ForkServer
 from sparsek_tune.tune.pool import CompilePool, default_jobs, settled
 from sparsek_tune.tune.stage import FACTORY
+from sparsek_tune.tune.stages import KernelStage
 from sparsek_tune.tune.types import Kernel, Spec
 
 H100 = target_device("cuda:90")
@@ -242,6 +243,24 @@ def test_a_pool_is_closed_whatever_was_cancelled_before():
 
 
 @pytest.mark.compile90
+@pytest.mark.parametrize("name", ["forward", "dq", "dkv"])
+def test_small_problems_take_the_same_kernels_whatever_won_elsewhere(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    use_target(H100)
+    problem = Problem.of("bf16", 64, 2, "kv", 64, 32, 4096, 2)
+    defaults = {n: t.default(problem, H100) for n, t in TEMPLATES.items()}
+    others = {n: next(c for c in t.feasible(problem, H100) if c != defaults[n]) for n, t in TEMPLATES.items()}
+    others["schedule"] = Config({**others["schedule"], "SEGMENT": 1024})
+
+    def keys(companions, part):
+        spec = Spec(name, problem, H100, {**companions, name: defaults[name]})
+        return KernelStage(spec, "compile").kernels(defaults[name], part).keys()
+
+    assert keys(defaults, "cases") == keys(others, "cases")
+    assert keys(defaults, "length") != keys(others, "length")
+
+
+@pytest.mark.compile90
 def test_kernels_that_are_put_off_are_listed_and_compiled_when_asked_for(tmp_path, monkeypatch):
     from compiled import product
 
@@ -268,6 +287,7 @@ from sparsek_tune.kernel_templates import TEMPLATES
 from sparsek_tune.problem import Problem, target_device
 from sparsek_tune.tune.compile import CompileService
 from sparsek_tune.tune.stage import FACTORY
+from sparsek_tune.tune.stages import KernelStage
 from sparsek_tune.tune.types import Spec
 
 problem, device = Problem.of("bf16", 64, 2, "kv", 64, 32, 1024, 2), target_device("cuda:90")
