@@ -254,11 +254,12 @@ def search(path, monkeypatch):
     done = Future()
     done.set_result(Compiled("ok", ""))
     monkeypatch.setitem(EFFORTS, "tiny", types.Effort(40, 60.0, 0.01, 3, 0.01, 4, 2))
-    monkeypatch.setattr(CompilePool, "submit", lambda self, *rest: done)
+    monkeypatch.setattr(CompilePool, "submit", lambda self, *rest, early=False: done)
     monkeypatch.setattr(CompilePool, "start", lambda self: None)
     monkeypatch.setattr(Studies, "beside", nowhere)
     monkeypatch.setattr(Bench, "start", lambda self: None)
     monkeypatch.setattr(Bench, "verify", lambda self, *rest: None)
+    monkeypatch.setattr(Bench, "verify_cases", lambda self, *rest: None)
     monkeypatch.setattr(Bench, "measure", lambda self, spec, config, *rest: estimate(config))
     monkeypatch.setattr(Bench, "race", lambda self, spec, configs, *rest: [estimate(c) for c in configs])
     real = Store.record
