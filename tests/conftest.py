@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 
 import pytest
@@ -14,6 +15,9 @@ CACHE = tempfile.mkdtemp(prefix="sparsek-tests-")
 os.environ.pop("SPARSEK_TUNE_STORAGE", None)
 os.environ["SPARSEK_TUNE_CACHE"] = os.path.join(CACHE, "cache.db")
 os.environ["TRITON_CACHE_DIR"] = os.path.join(CACHE, "triton")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, and all that it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure():
