@@ -28,6 +28,7 @@ def measured(search: Search, config: Config, compiled: Compiled, cases: bool) ->
     verify = partial(search.run.bench.verify, search.spec, config, cases)
     if (wrong := _wrong(compiled, verify, protocol)) is not None:
         return wrong
+    search.passed.add(config)
     best = search.ledger.best_ms
     hopeless, seconds = math.inf if best is None else _HOPELESS * best, search.run.effort.sample_seconds
     try:
@@ -46,7 +47,8 @@ def right(search: Search, config: Config) -> bool:
 
 
 def finalists(search: Search, cases: bool) -> list[Config]:
-    """The fastest but for the default, unless they do not compile or are wrong here: others may have timed them."""
+    """The fastest but for the default, unless they do not compile or are wrong here: others may have timed them. cases:
+    on the small problems too."""
     ranking = [c for c in search.ledger.ranking() if c != search.default]
     needed: tuple[Part, ...] = ("length", "cases") if cases else ("length",)
     found: list[Config] = []
@@ -54,11 +56,12 @@ def finalists(search: Search, cases: bool) -> list[Config]:
         best, ranking = ranking[:places], ranking[places:]
         compiling = {c: [search.run.pool.submit(search.spec, c, part) for part in needed] for c in best}
         for config, parts in compiling.items():
+            known = config in search.passed and not cases
             verify = partial(search.run.bench.verify, search.spec, config, cases)
-            if (wrong := _wrong(settled(parts), verify, PROTOCOL)) is None:
-                found.append(config)
-            else:
+            if not known and (wrong := _wrong(settled(parts), verify, PROTOCOL)) is not None:
                 search.record(config, wrong)
+            else:
+                found.append(config)
     return found
 
 

@@ -17,6 +17,7 @@ Sample = Callable[[int], list[float]]  # takes a count, returns that many sample
 CLOSE_ENOUGH = 0.01  # half width of the interval over the median at which sampling stops
 TIMER_MS = 0.0005  # ... or half width in ms: finer than events resolve
 FIRST, BATCH, MOST = 7, 10, 500
+_ROUNDS = 9  # of a race, at least: with fewer a single outlier would be in the interval
 CONFIDENCE = 0.95
 _LONGEST_SPIN = 7.5e-3  # seconds
 _ATTEMPTS = 4  # at samples that the host was too slow for; the last ones are taken as they are
@@ -105,7 +106,7 @@ def race(contenders: Sequence[Sample], seconds: float, seed: int = 0) -> list[Es
     start = time.monotonic()
     rounds(3)
     each = (time.monotonic() - start) / 3
-    rounds(max(8, min(200, int(seconds / max(each, 1e-6)) - 3)))
+    rounds(max(_ROUNDS - 3, min(200, int(seconds / max(each, 1e-6)) - 3)))
     return [estimate(s) for s in samples]
 
 

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple
 
 from sparsek_tune.db.store import Measured
 from sparsek_tune.kernel_templates.base import Config, Template
@@ -21,7 +21,7 @@ from sparsek_tune.tune.pool import Compiled, settled
 from sparsek_tune.tune.propose import Proposals
 from sparsek_tune.tune.record import FAILED, INFEASIBLE, WRONG
 from sparsek_tune.tune.suite import Searching
-from sparsek_tune.tune.types import Event, Part, Row, Spec, Trial
+from sparsek_tune.tune.types import Event, Row, Spec, Trial
 
 if TYPE_CHECKING:
     from sparsek_tune.tune.tuner import Run
@@ -69,6 +69,7 @@ class Search:
         self._took: list[float] = []  # seconds to compile a config
         self._foreseen: Config | None = None  # as the winner
         self.likely = self.default  # the winner of the race
+        self.passed: set[Config] = set()  # right at the timed length, as seen by this process
         self._raced: dict[Config, Estimate] = {}
         self._refuted = False  # the winner, by the small problems
         self._row: Row | None = None
@@ -110,7 +111,7 @@ class Search:
         self._explore(proposals, leading=True)
         self._compile("opening", [])  # there is no time for more of it
         if stored is not None and self.ledger.count() == before and not self.ledger.unraced():  # the old race stands
-            self._row = self.row(Config.from_key(stored.config), stored.default_ms, stored.tuned_ms, "as stored")
+            self.done(Config.from_key(stored.config), stored.default_ms, stored.tuned_ms, "as stored")
             return
         self._foresee(last=True)
         self._race()
@@ -130,7 +131,7 @@ class Search:
         if self.likely == self.default or judge.right(self, self.likely):
             default, winner = self._raced[self.default], self._raced[self.likely]
             self.ledger.win(self.likely, default.median, winner.median)
-            self._row = self.row(self.likely, default.median, winner.median, "")
+            self.done(self.likely, default.median, winner.median, "")
         else:
             self.likely, self._refuted = self.default, True
 
@@ -174,8 +175,7 @@ class Search:
 
     def compile_default(self, spec: Spec, *, early: bool = False) -> list[Future[Compiled]]:
         """Have compiled all that the measuring process runs before the first other candidate: setup, length, cases."""
-        parts = [self.run.pool.submit(spec, self.default, part, early=early) for part in get_args(Part)]
-        return self._compile("default", parts)
+        return self._compile("default", self.run.compile(spec, self.default, early=early))
 
     def compile_opening(self, spec: Spec) -> None:
         """Have compiled what is tried first, the default aside."""
@@ -328,7 +328,7 @@ class Search:
 
     def _fails(self, how: str) -> None:
         """The default does, so there is nothing to compare others with."""
-        self._row = self.row(None, None, None, f"the default config {how}: {self._why(self.default)}")
+        self.done(None, None, None, f"the default config {how}: {self._why(self.default)}")
 
     def cases(self, config: Config) -> Future[Compiled]:
         """``config`` compiled for the small problems."""
@@ -338,19 +338,18 @@ class Search:
         result = self.ledger.latest[config]
         return result.status if not result.reason else f"{result.status}: {result.reason}"
 
-    def row(
+    def done(
         self, config: Config | None, default_ms: float | None, tuned_ms: float | None, message: str,
         tried: int | None = None,
-    ) -> Row:  # fmt: skip
-        """The outcome, announced. tried: where the ledger does not hold all that was."""
+    ) -> None:  # fmt: skip
+        """This is the outcome. tried: where the ledger does not hold all that was."""
         speedup = default_ms / tuned_ms if default_ms and tuned_ms else None
         count = self.ledger.count
-        row = Row(
+        self._row = Row(
             self.key, self.template.name, default_ms, tuned_ms, speedup, count() if tried is None else tried,
             count(INFEASIBLE), count(WRONG), count(FAILED), config,
         )  # fmt: skip
-        self.emit("done", message, row=row)
-        return row
+        self.emit("done", message, row=self._row)
 
     def emit(self, kind: str, message: str, *, trial: Trial | None = None, row: Row | None = None) -> None:
         done = self.ledger.count() if self.looked_at is None else self.looked_at

@@ -378,13 +378,15 @@ def preload() -> None:
 
 
 def warm_up(mode: str) -> None:
-    """Set up what takes seconds on a GPU, while candidates are still being compiled: its context, the linear algebra of
-    reference results, Triton's driver (which gcc compiles the first time)."""
+    """Set up what takes seconds on a GPU, while candidates are still being compiled: its context, torch's kernels that
+    give and compare reference results, Triton's driver (which gcc compiles the first time)."""
     if mode == "measure" and torch.cuda.is_available():
         from triton.runtime import driver
 
-        ones = torch.ones(2, 16, 16, dtype=torch.float64, device="cuda")
-        (ones @ ones).softmax(-1).sum().item()
+        inputs = make_inputs(Problem("bf16", 16, 1, "kv", 8, 8, 32, 1), "cuda")
+        want = expected(inputs)
+        compare(want, want, TOLERANCE["bf16"], inputs.scores)
+        Fingerprint(want.items()).check()
         driver.active.get_current_target()
 
 

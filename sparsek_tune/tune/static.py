@@ -22,7 +22,7 @@ from sparsek_tune.tune.channel import WorkerError
 from sparsek_tune.tune.pool import Compiled
 from sparsek_tune.tune.propose import ENUMERABLE, spread
 from sparsek_tune.tune.record import failed
-from sparsek_tune.tune.types import Kernel, Row, Trial
+from sparsek_tune.tune.types import Kernel, Trial
 from sparsek_tune.tune.verify import reduced
 
 if TYPE_CHECKING:
@@ -40,14 +40,15 @@ class _Ranked(NamedTuple):
     kernels: tuple[Kernel, ...]
 
 
-def search(search: Search) -> Row:
-    """Static tuning of one template at one problem: the row has no times."""
+def search(search: Search) -> None:
+    """Static tuning of one template at one problem: the outcome has no times."""
     search.begin()
     known = search.ledger.winner()
     configs = _candidates(search)
     if known is not None and _looked_at(search, Config.from_key(known.config)) >= len(configs):
         search.emit("start", "known")
-        return search.row(Config.from_key(known.config), None, None, "as stored")
+        search.done(Config.from_key(known.config), None, None, "as stored")
+        return
     # What earlier runs did not find infeasible.
     work = [c for c in configs if c not in search.ledger.latest or search.ledger.latest[c].status == "static"]
     search.total, search.looked_at = len(configs), len(configs) - len(work)
@@ -57,7 +58,7 @@ def search(search: Search) -> Row:
     if winner is not None:
         search.ledger.win(winner, None, None)
     # The store holds what failed and what was verified, not all that compiled.
-    return search.row(winner, None, None, "" if winner is not None else "no config passed", tried=search.looked_at)
+    search.done(winner, None, None, "" if winner is not None else "no config passed", tried=search.looked_at)
 
 
 def busiest_first(counts: Counts) -> list[Problem]:

@@ -7,11 +7,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from sparsek_tune import dispatch
 from sparsek_tune.db import reader
@@ -24,13 +24,13 @@ from sparsek_tune.tune import forkserver, static
 from sparsek_tune.tune.bench import Bench
 from sparsek_tune.tune.board import Board
 from sparsek_tune.tune.pace import Outlook, Shares
-from sparsek_tune.tune.pool import CompilePool
+from sparsek_tune.tune.pool import Compiled, CompilePool
 from sparsek_tune.tune.record import Ledger
 from sparsek_tune.tune.search import POLL, Search, Won
 from sparsek_tune.tune.stage import FACTORY
 from sparsek_tune.tune.studies import Studies, StudiesError, path_beside
 from sparsek_tune.tune.suite import Searching, Suite, Task, again, tasks
-from sparsek_tune.tune.types import EFFORTS, Event, OnEvent, Row, Spec
+from sparsek_tune.tune.types import EFFORTS, Event, OnEvent, Part, Row, Spec
 
 
 def tune(
@@ -62,7 +62,13 @@ def tune(
         raise ValueError(f"kernels must be of {', '.join(templates)}, but names {', '.join(unknown)}")
     work = tasks(list(problems), [t for t in templates.values() if not kernels or t.name in kernels])
     about = {"effort": effort, "seed": seed, "until": None if budget is None else time.time() + budget}
-    with _begun(device, store, templates, about, on_event, factory, jobs) as run:
+    with _begun(device, store, templates, about, on_event, factory, jobs) as run, ExitStack() as stack:
+        if work:
+            run.expect(*work[0])  # to make the studies takes a second
+        try:
+            run.studies = stack.enter_context(closing(Studies.of(store.where, again)))
+        except StudiesError as error:
+            run.note(f"{error}; this process works by itself")
         return run.tune(work, about, crew)
 
 
@@ -85,7 +91,8 @@ def join(
         while True:
             found = [Suite(shared, suite)] if suite else Suite.joinable(shared, device, templates)
             for one in found:
-                with _begun(device, store, templates, one.about, on_event, factory, jobs, shared) as run:
+                with _begun(device, store, templates, one.about, on_event, factory, jobs) as run:
+                    run.studies = shared
                     run.work(one)
                 last, done = time.monotonic(), done + 1
             if suite or (not found and time.monotonic() >= last + wait):
@@ -97,22 +104,13 @@ def join(
 @contextmanager
 def _begun(
     device: Device, store: Store, templates: Mapping[str, Template], about: Mapping[str, Any], on_event: OnEvent | None,
-    factory: str, jobs: int | None, shared: Studies | None = None,
+    factory: str, jobs: int | None,
 ) -> Iterator[Run]:  # fmt: skip
     """A run, noted in the store with its end."""
     number = store.start_run(" ".join(sys.argv))
     outcome = "failed"
     try:
-        with ExitStack() as stack:
-            problem = None
-            if shared is None:
-                try:
-                    shared = stack.enter_context(closing(Studies.of(store.where, again)))
-                except StudiesError as error:
-                    problem = str(error)
-            run = stack.enter_context(Run(device, store, number, templates, about, on_event, factory, jobs, shared))
-            if problem is not None:
-                run.note(f"{problem}; this process works by itself")
+        with Run(device, store, number, templates, about, on_event, factory, jobs) as run:
             yield run
         outcome = "done"
     except KeyboardInterrupt:
@@ -135,11 +133,11 @@ class Run:
         on_event: OnEvent | None,
         factory: str,
         jobs: int | None,
-        shared: Studies | None,
     ) -> None:
         effort, until = EFFORTS[about["effort"]], about["until"]
         self.device, self.templates, self.effort, self.seed = device, templates, effort, about["seed"]
-        self._store, self._run, self._on_event, self._studies = store, run, on_event, shared
+        self._store, self._run, self._on_event = store, run, on_event
+        self.studies: Studies | None = None  # shared with other processes
         self._emitting = threading.Lock()
         self._rows: dict[tuple[str, Problem], Row] = {}
         self.end = math.inf if until is None else time.monotonic() + until - time.time()
@@ -174,8 +172,8 @@ class Run:
         keys = [(name, problem.project(self.templates[name].fields)) for problem, names in work for name in names]
         self._outlook.kernels = len(keys)
         try:
-            if self._studies is not None:
-                suite = Suite.create(self._studies, self.device, self.templates, work, {**about, "kernels": len(keys)})
+            if self.studies is not None:
+                suite = Suite.create(self.studies, self.device, self.templates, work, {**about, "kernels": len(keys)})
                 try:
                     with crew(suite, self.emit) if crew is not None else nullcontext():
                         self.work(suite)
@@ -186,7 +184,7 @@ class Run:
                         self.emit(Event("done", row.template, row.problem, row.tried, row.tried, None, "", row=row))
         except StudiesError as error:
             self.note(f"{error}; this process goes on by itself")
-            self._studies = None
+            self.studies = None
         for at, (problem, names) in enumerate(work):
             left = [n for n in names if (n, problem.project(self.templates[n].fields)) not in self._rows]
             if left:
@@ -195,6 +193,16 @@ class Run:
         if missing := [key for key in keys if key not in self._rows]:
             self.emit(Event("note", *missing[0], 0, 0, None, f"the budget is spent: {len(missing)} kernels not tuned"))
         return [self._rows[key] for key in keys if key in self._rows]
+
+    def expect(self, problem: Problem, names: Iterable[str]) -> None:
+        """Begin to compile what the searches at ``problem`` begin with, unless it has been timed before."""
+        if self.device.static:
+            return
+        won = self.won(problem)
+        for template in self._in_order(names):
+            default = template.default(problem, self.device)
+            if self.ledger(template, problem).time(default) is None:
+                self.compile(self.spec(template, problem, won), default, early=True)
 
     def work(self, suite: Suite) -> None:
         """Drive problems of the suite and help where others are, until it is over. Raises StudiesError."""
@@ -214,29 +222,27 @@ class Run:
         self, problem: Problem, names: Iterable[str], ahead: int, tell: Callable[[Searching], None]
     ) -> list[Row]:
         """Tune kernels of one problem, in tuning order; ahead: how many more this process has to expect."""
-        templates = [t for t in self.templates.values() if t.name in set(names)]
+        templates = self._in_order(names)
         limit = math.inf if self.device.static else self.effort.seconds  # static tuning looks at few configs anyway
         later = problem._replace(n=0)
         shares = Shares(limit, self.end, [*[problem] * len(templates), *[later] * ahead])
         self._raced.clear()
         searches = [Search(self, t, problem, partial(shares.of, problem), tell) for t in templates]
-        gone: list[Search] = []
-        rows: list[Row] = []
         for at, search in enumerate(searches):
             if time.monotonic() >= self.end:
+                searches = searches[:at]
                 break
             self._ahead = searches[at + 1 :]
             if self.device.static:
-                rows.append(static.search(search))
+                static.search(search)
             else:
                 search.go()
-                gone.append(search)
                 self._raced.append(search)
                 self.settle()
             shares.done(problem)
         self._ahead = ()
         self.settle(wait=True)
-        return rows + [search.settle() for search in gone]
+        return [search.settle() for search in searches]
 
     def settle(self, *, wait: bool = False) -> None:
         """The last word on what has raced, as far as it is compiled. The measuring process has to be idle."""
@@ -255,8 +261,16 @@ class Run:
         search = Search(self, self.templates[what.template], what.problem, lambda least=0.0: seconds)
         return search.help(what.companions)
 
+    def _in_order(self, names: Iterable[str]) -> list[Template]:
+        """Templates in tuning order."""
+        return [t for t in self.templates.values() if t.name in set(names)]
+
+    def compile(self, spec: Spec, config: Config, *, early: bool) -> list[Future[Compiled]]:
+        """Have all parts of ``config`` compiled; ``setup`` first."""
+        return [self.pool.submit(spec, config, part, early=early) for part in get_args(Part)]
+
     def board(self, template: Template, problem: Problem) -> Board:
-        return Board(self._studies, self.device, template, problem, self.note)
+        return Board(self.studies, self.device, template, problem, self.note)
 
     def foresee(
         self, problem: Problem, template: Template | None = None, best: Config | None = None, *, early: bool = False

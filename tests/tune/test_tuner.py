@@ -324,6 +324,20 @@ def test_what_searches_begin_with_is_compiled_first(store, submitted):
     assert waited_for[:6] == [(name, default, part) for name in ("one", "two") for part in parts]
 
 
+def test_what_a_run_begins_with_is_compiled_while_the_studies_are_made(store, submitted, monkeypatch):
+    from sparsek_tune.tune.studies import Studies
+
+    begun, real = [], Studies.of
+    monkeypatch.setattr(Studies, "of", lambda *a: begun.append(len(submitted)) or real(*a))
+    one, two = faults.template("one", tiles=(16, 64)), faults.template("two", tiles=(16, 64))
+    go(store, one)
+    go(store, one, two)  # the default of one is known
+    default, parts = Config(tile=32, fault="none"), ("setup", "length", "cases")
+    assert submitted[: begun[0]] == [("one", default, part, True) for part in parts]
+    assert submitted[begun[1] - 3 : begun[1]] == [("two", default, part, True) for part in parts]
+    assert submitted[begun[1] - 4][0] == "one" and not submitted[begun[1] - 4][3]  # of the first run
+
+
 def test_what_a_search_proposes_before_it_has_results_is_compiled_by_then(store, submitted, monkeypatch):
     from sparsek_tune.tune.bench import Bench
 
@@ -332,7 +346,8 @@ def test_what_a_search_proposes_before_it_has_results_is_compiled_by_then(store,
     monkeypatch.setattr(Bench, "verify", lambda *a: judged.append(len(submitted)) or real(*a))
     one, two = faults.template("one", tiles=(16, 1024)), faults.template("two", tiles=(16, 1024))
     go(store, one, two, jobs=4)
-    before = submitted[: judged[0]]  # the first default
+    first, before = submitted[:6], submitted[6 : judged[0]]  # by when the first default is judged
+    assert all(early and config["tile"] == 32 for _, config, _, early in first)
     for name in ("one", "two"):
         wanted = [config for template, config, part, _ in submitted if (template, part) == (name, "length")]
         opening = list(dict.fromkeys(wanted))[: 1 + count]
@@ -392,9 +407,9 @@ def test_compilers_without_work_prepare_the_end_of_a_search_and_the_next_one(sto
     one, two = faults.template("one", tiles=(16, 128)), faults.template("two", tiles=(16, 128))
     go(store, one, two)
     best = Config(tile=128, fault="none")
-    cases = [(config, early) for name, config, part, early in before[0] if (name, part) == ("one", "cases")]
-    assert cases[-1] == (best, False) and all(early for config, early in cases[1:-1])  # the first is the default
-    assert len(cases) > 2 and cases[-2] == (best, True)
+    cases = [(c, early) for t, c, part, early in before[0] if (t, part) == ("one", "cases") and c["tile"] != 32]
+    assert cases[-1] == (best, False) and all(early for config, early in cases[:-1])
+    assert len(cases) > 1 and cases[-2] == (best, True)
     assert beside[0] == Config(tile=32, fault="none") and beside[-1] == best
 
 
@@ -536,7 +551,7 @@ def test_a_default_that_fails_takes_what_was_to_be_tried_after_it_along(store, g
 
     def spy(self, spec, config, part="length", *, early=False):
         future = real(self, spec, config, part, early=early)
-        futures.extend([future] if early else [])
+        futures.extend([future] if early and config["fault"] != "wrong" else [])
         return future
 
     def see(event):
@@ -559,7 +574,7 @@ def test_who_helps_stands_beside_what_the_driver_does(store, monkeypatch):
     companions = {"one": Config(tile=16, fault="none"), "two": Config(tile=32, fault="none")}
     templates, about = {"one": one, "two": two}, {"effort": "default", "seed": 0, "until": None}
     number = store.start_run("help")
-    with Run(faults.DEVICE, store, number, templates, about, None, faults.FACTORY, 2, None) as run:
+    with Run(faults.DEVICE, store, number, templates, about, None, faults.FACTORY, 2) as run:
         assert run._help(Searching("two", faults.PROBLEM, time.time() + 60, companions))
     assert [spec.companions for spec in seen] == [companions]
 
@@ -575,6 +590,20 @@ def test_what_won_and_fails_the_small_problems_then_is_recorded_and_the_race_hel
     assert len([e for e in events if (e.kind, e.template) == ("race", "one")]) == 2
     (served,) = [e for e in store.winners() if e.template == "one"]
     assert served.config == row.config.key
+
+
+def test_finalists_are_verified_before_the_race_unless_this_run_has_done_so(store, monkeypatch):
+    from sparsek_tune.tune.bench import Bench
+
+    verified, real = [], Bench.verify
+    monkeypatch.setattr(Bench, "verify", lambda *a: verified.append(a[2]) or real(*a))
+    t = faults.template(tiles=(16, 64))
+    with pytest.raises(KeyboardInterrupt):
+        go(store, t, on_event=lambda event: interrupt(event) if event.kind == "race" else None)
+    assert sorted(config["tile"] for config in verified) == [16, 32, 64]  # once each
+    del verified[:]
+    go(store, t)
+    assert verified == [Config(tile=64, fault="none"), Config(tile=16, fault="none")]
 
 
 def test_finalists_that_fail_the_small_problems_are_recorded_and_do_not_win(store):
