@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 from sparsek_tune.db.store import Measured
 from sparsek_tune.kernel_templates.base import Config, Template
@@ -21,7 +21,7 @@ from sparsek_tune.tune.pool import Compiled, settled
 from sparsek_tune.tune.propose import Proposals
 from sparsek_tune.tune.record import FAILED, INFEASIBLE, WRONG
 from sparsek_tune.tune.suite import Searching
-from sparsek_tune.tune.types import Event, Row, Spec, Trial
+from sparsek_tune.tune.types import Event, Part, Row, Spec, Trial
 
 if TYPE_CHECKING:
     from sparsek_tune.tune.tuner import Run
@@ -69,7 +69,7 @@ class Search:
         self._took: list[float] = []  # seconds to compile a config
         self._foreseen: Config | None = None  # as the winner
         self.likely = self.default  # the winner of the race
-        self.passed: set[Config] = set()  # right at the timed length, as seen by this process
+        self.passed: set[Config] = set()  # at the timed length, here
         self._raced: dict[Config, Estimate] = {}
         self._refuted = False  # the winner, by the small problems
         self._row: Row | None = None
@@ -175,7 +175,8 @@ class Search:
 
     def compile_default(self, spec: Spec, *, early: bool = False) -> list[Future[Compiled]]:
         """Have compiled all that the measuring process runs before the first other candidate: setup, length, cases."""
-        return self._compile("default", self.run.compile(spec, self.default, early=early))
+        parts = [self.run.pool.submit(spec, self.default, part, early=early) for part in get_args(Part)]
+        return self._compile("default", parts)
 
     def compile_opening(self, spec: Spec) -> None:
         """Have compiled what is tried first, the default aside."""
@@ -342,7 +343,7 @@ class Search:
         self, config: Config | None, default_ms: float | None, tuned_ms: float | None, message: str,
         tried: int | None = None,
     ) -> None:  # fmt: skip
-        """This is the outcome. tried: where the ledger does not hold all that was."""
+        """This is the outcome: keep it, and tell. tried: where the ledger does not hold all that was."""
         speedup = default_ms / tuned_ms if default_ms and tuned_ms else None
         count = self.ledger.count
         self._row = Row(

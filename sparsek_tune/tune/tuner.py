@@ -7,11 +7,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from sparsek_tune import dispatch
 from sparsek_tune.db import reader
@@ -24,13 +24,13 @@ from sparsek_tune.tune import forkserver, static
 from sparsek_tune.tune.bench import Bench
 from sparsek_tune.tune.board import Board
 from sparsek_tune.tune.pace import Outlook, Shares
-from sparsek_tune.tune.pool import Compiled, CompilePool
+from sparsek_tune.tune.pool import CompilePool
 from sparsek_tune.tune.record import Ledger
 from sparsek_tune.tune.search import POLL, Search, Won
 from sparsek_tune.tune.stage import FACTORY
 from sparsek_tune.tune.studies import Studies, StudiesError, path_beside
 from sparsek_tune.tune.suite import Searching, Suite, Task, again, tasks
-from sparsek_tune.tune.types import EFFORTS, Event, OnEvent, Part, Row, Spec
+from sparsek_tune.tune.types import EFFORTS, Event, OnEvent, Row, Spec
 
 
 def tune(
@@ -62,9 +62,9 @@ def tune(
         raise ValueError(f"kernels must be of {', '.join(templates)}, but names {', '.join(unknown)}")
     work = tasks(list(problems), [t for t in templates.values() if not kernels or t.name in kernels])
     about = {"effort": effort, "seed": seed, "until": None if budget is None else time.time() + budget}
-    with _begun(device, store, templates, about, on_event, factory, jobs) as run, ExitStack() as stack:
+    with ExitStack() as stack, _begun(device, store, templates, about, on_event, factory, jobs) as run:
         if work:
-            run.expect(*work[0])  # to make the studies takes a second
+            run.expect(*work[0])  # to make new studies takes a second
         try:
             run.studies = stack.enter_context(closing(Studies.of(store.where, again)))
         except StudiesError as error:
@@ -195,14 +195,13 @@ class Run:
         return [self._rows[key] for key in keys if key in self._rows]
 
     def expect(self, problem: Problem, names: Iterable[str]) -> None:
-        """Begin to compile what the searches at ``problem`` begin with, unless it has been timed before."""
+        """Begin to compile what the searches at ``problem`` begin with: those defaults that have no time yet."""
         if self.device.static:
             return
-        won = self.won(problem)
         for template in self._in_order(names):
-            default = template.default(problem, self.device)
-            if self.ledger(template, problem).time(default) is None:
-                self.compile(self.spec(template, problem, won), default, early=True)
+            search = Search(self, template, problem, lambda least=0.0: least)
+            if search.ledger.time(search.default) is None:
+                search.compile_default(search.beside(self.won(problem)), early=True)
 
     def work(self, suite: Suite) -> None:
         """Drive problems of the suite and help where others are, until it is over. Raises StudiesError."""
@@ -264,10 +263,6 @@ class Run:
     def _in_order(self, names: Iterable[str]) -> list[Template]:
         """Templates in tuning order."""
         return [t for t in self.templates.values() if t.name in set(names)]
-
-    def compile(self, spec: Spec, config: Config, *, early: bool) -> list[Future[Compiled]]:
-        """Have all parts of ``config`` compiled; ``setup`` first."""
-        return [self.pool.submit(spec, config, part, early=early) for part in get_args(Part)]
 
     def board(self, template: Template, problem: Problem) -> Board:
         return Board(self.studies, self.device, template, problem, self.note)

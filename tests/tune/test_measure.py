@@ -92,12 +92,14 @@ def test_a_race_finds_a_true_difference_under_common_drift():
 
     results = race([contender(1.0), contender(1.1), contender(0.7)], 0.01, seed=0)
     assert choose(results[0], results[1:]) == 1
-    assert len({r.samples for r in results}) == 1 and results[0].samples >= 11
+    assert len({r.samples for r in results}) == 1 and results[0].samples > 100
 
 
 def test_rounds_are_interleaved():
     order = []
-    race([source(lambda i=i: order.append(i) or 1.0) for i in range(4)], 0.0, seed=1)
+    results = race([source(lambda i=i: order.append(i) or 1.0) for i in range(4)], 0.0, seed=1)
+    count = results[0].samples
+    assert _lower_rank(count - 1) == 0 < _lower_rank(count)  # the fewest that a single outlier does not matter to
     rounds = [order[i : i + 4] for i in range(0, len(order), 4)]
     assert all(sorted(r) == [0, 1, 2, 3] for r in rounds) and len({tuple(r) for r in rounds}) > 3
 

@@ -14,6 +14,7 @@ from sparsek_tune.kernel_templates.base import Config, Cost
 from sparsek_tune.problem import Problem, target_device
 from sparsek_tune.tune import EFFORTS, tune, types
 from sparsek_tune.tune.bench import Bench
+from sparsek_tune.tune.pool import CompilePool
 from sparsek_tune.tune.stage import FACTORY
 from sparsek_tune.tune.static import resident_warps
 from sparsek_tune.tune.tuner import tune as run
@@ -41,9 +42,17 @@ def priced(price, **options):
     return type(t)(t.name, t.fields, t.space, t.default, t.check, cost, t.sources)
 
 
-def test_the_cheapest_right_config_becomes_a_static_winner_without_times(store):
+def test_the_cheapest_right_config_becomes_a_static_winner_without_times(store, monkeypatch):
     def price(config):
         return 1e9 / config["tile"] / (4 if config["fault"] != "none" else 1)
+
+    parts, real = set(), CompilePool.submit
+
+    def submit(self, spec, config, part="length", **options):
+        parts.add(part)
+        return real(self, spec, config, part, **options)
+
+    monkeypatch.setattr(CompilePool, "submit", submit)
 
     t = priced(price, tiles=(16, 128), faults=("none", "wrong", "spills"))
     (row,) = go(store, t)
@@ -54,6 +63,7 @@ def test_the_cheapest_right_config_becomes_a_static_winner_without_times(store):
     assert winner.static and winner.device.static and Config.from_key(winner.config) == row.config
     statuses = {r.result.status for r in store.measurements(target_device("cuda:90"), t, faults.PROBLEM)}
     assert statuses == {"static", "wrong", "infeasible"}
+    assert parts == {"length"}  # the rest is what a GPU would run
 
 
 def test_the_default_stays_where_nothing_is_clearly_cheaper(store):

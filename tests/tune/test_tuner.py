@@ -324,18 +324,46 @@ def test_what_searches_begin_with_is_compiled_first(store, submitted):
     assert waited_for[:6] == [(name, default, part) for name in ("one", "two") for part in parts]
 
 
-def test_what_a_run_begins_with_is_compiled_while_the_studies_are_made(store, submitted, monkeypatch):
+def test_what_a_run_begins_with_is_compiled_while_the_studies_are_made(store, monkeypatch):
     from sparsek_tune.tune.studies import Studies
 
-    begun, real = [], Studies.of
-    monkeypatch.setattr(Studies, "of", lambda *a: begun.append(len(submitted)) or real(*a))
-    one, two = faults.template("one", tiles=(16, 64)), faults.template("two", tiles=(16, 64))
-    go(store, one)
-    go(store, one, two)  # the default of one is known
-    default, parts = Config(tile=32, fault="none"), ("setup", "length", "cases")
-    assert submitted[: begun[0]] == [("one", default, part, True) for part in parts]
-    assert submitted[begun[1] - 3 : begun[1]] == [("two", default, part, True) for part in parts]
-    assert submitted[begun[1] - 4][0] == "one" and not submitted[begun[1] - 4][3]  # of the first run
+    seen, before, submit, of = [], [], CompilePool.submit, Studies.of
+
+    def spy(self, spec, config, part="length", *, early=False):
+        seen.append((spec.template, spec.companions["one"]["tile"], config["tile"], part, early))
+        return submit(self, spec, config, part, early=early)
+
+    monkeypatch.setattr(CompilePool, "submit", spy)
+    monkeypatch.setattr(Studies, "of", lambda *a: before.append(list(seen)) or of(*a))
+
+    def expected(*templates, **options):
+        seen.clear()
+        go(store, *templates, **options)
+        return before[-1]
+
+    parts = ("setup", "length", "cases")
+    one, two, three = (faults.template(name, tiles=(16, 64)) for name in ("one", "two", "three"))
+    bad = faults.template("bad", tiles=(32, 32), faults=("wrong",))
+    assert expected(one) == [("one", 32, 32, part, True) for part in parts]
+    assert expected(one, two) == [("two", 64, 32, part, True) for part in parts]  # that of one is known
+    for _ in ("new", "failed"):
+        assert expected(one, two, three, bad, kernels=["bad"]) == [("bad", 64, 32, part, True) for part in parts]
+
+
+def test_what_a_run_has_claimed_is_free_again_only_when_its_processes_are_gone(store, monkeypatch, tmp_path):
+    from sparsek_tune.tune.studies import Studies
+
+    log, seen, real = tmp_path / "log", [], Studies.close
+    monkeypatch.setenv("FAULTS_LOG", str(log))
+
+    def close(self):
+        seen.extend(gone(int(line.split()[-1])) for line in log.read_text().splitlines())
+        real(self)
+
+    monkeypatch.setattr(Studies, "close", close)
+    with pytest.raises(KeyboardInterrupt):
+        go(store, faults.template(tiles=(16, 64)), on_event=lambda e: interrupt(e) if e.kind == "trial" else None)
+    assert len(seen) > 1 and all(seen)
 
 
 def test_what_a_search_proposes_before_it_has_results_is_compiled_by_then(store, submitted, monkeypatch):
