@@ -111,7 +111,7 @@ def _parse(line: str) -> Any:
     try:
         document = json.loads(line.rstrip("\n"), parse_constant=refuse, parse_float=_finite, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
-        raise ValueError(f"no JSON: {error.msg} at character {error.pos + 1}") from error
+        raise ValueError(f"no JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}") from error
     json.dumps(document, ensure_ascii=False).encode()  # half of a surrogate pair is no text: raises ValueError
     return document
 

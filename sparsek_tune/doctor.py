@@ -147,7 +147,7 @@ def _database(storage: Path | str | None = None) -> Iterator[Finding]:
         yield Finding("database", "broken", str(error), "see there; until then the default configs are used")
         return
     found = f"{name}: {len(entries)} tuned kernels"
-    if isinstance(path, str) or (os.access(path, os.W_OK) and _writable(path.parent)):
+    if isinstance(path, str) or (os.access(path, os.W_OK) and path.stat().st_mode & 0o222 and _writable(path.parent)):
         yield Finding("database", "ok", found)
     else:
         yield Finding("database", "note", f"{found}, read only", f"to tune, {elsewhere}")

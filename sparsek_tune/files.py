@@ -47,7 +47,10 @@ def check_writable(path: Path) -> None:
 def _beside(path: Path) -> tuple[Path, tuple[int, str]]:
     """Where ``path`` leads to, and a new file in the same folder: descriptor and name."""
     path = Path(os.path.realpath(path))
-    return path, tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        return path, tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:  # names the new file, which nobody asked for
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _umask() -> int:

@@ -63,6 +63,8 @@ class _Storage(click.ParamType):
 class Number(click.FloatRange):
     """A number within a range; neither nan, which every comparison lets through, nor infinite."""
 
+    name = "number"
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):

@@ -75,10 +75,12 @@ def parse_fields(text: str) -> dict[str, int | str]:
             raise ValueError(f"{name} is given twice in {text!r}")
         if isinstance(known[name].default, str):
             fields[name] = value
-        elif value.isascii() and value.removeprefix("-").isdigit() and len(value) < 20:
-            fields[name] = int(value)
-        else:
+        elif not (value.isascii() and value.removeprefix("-").isdigit()):
             raise ValueError(f"{name} must be a whole number, but is {value!r}")
+        elif len(value) > 19:
+            raise ValueError(f"{name} must have at most 19 digits, but is {value!r}")
+        else:
+            fields[name] = int(value)
     return fields
 
 

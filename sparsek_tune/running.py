@@ -34,7 +34,10 @@ if TYPE_CHECKING:
     help="Problems that a program had (SPARSEK_TUNE_CAPTURE=FILE), most time first; repeatable.",
 )
 @click.option("--effort", type=click.Choice(list(EFFORTS)), default="default", show_default=True, help="Search length.")
-@click.option("--budget", type=options.Number(0, min_open=True), metavar="SECONDS", help="Wall time of the run.")
+@click.option(
+    "--budget", type=options.Number(0, min_open=True), metavar="SECONDS",
+    help="Wall time of the run; what has begun by then is finished, without a GPU one default, which can take minutes.",
+)  # fmt: skip
 @click.option(
     "--kernel", "kernels", multiple=True, type=click.Choice(FAMILIES),
     help="Tune this kernel alone, beside the others as stored or by default; repeatable [default: all].",
@@ -101,7 +104,11 @@ def run_command(
             rows = _tune(problems, device, store, wanted, lines, live=not (as_lines and sys.stdout.isatty()))
         outcomes = {"": rows} | {f" on {d.name}": theirs for d, theirs in (crew.others.items() if crew else ())}
         for where, tuned in outcomes.items() if not as_lines else ():
-            _table(tuned, where.strip())
+            if tuned:
+                _table(tuned, where.strip())
+        if device.static and rows and not as_lines:
+            served = f"`sparsek-tune resolve --target {device.name.removeprefix('target ')}` what is served"
+            click.echo(f"`sparsek-tune show` lists the configs, {served}.", err=True)
         for where, tuned in outcomes.items():
             if not tuned:
                 reason = "its processes have ended" if where else "the budget is too short"

@@ -57,6 +57,8 @@ def test_device_that_is_not_there(cache, monkeypatch):
         (("run", "--shape", "m=7"), "fields hq"),
         (("run", "--shape", "n=-5"), "n must be at least 1, but is -5"),
         (("run", "--shape", "n=1e3"), "n must be a whole number, but is '1e3'"),
+        (("run", "--shape", f"n=1{'0' * 19}"), "n must have at most 19 digits, but is '1"),
+        (("run", "--budget", "abc"), "'abc' is not a valid number."),
         (("run", "--shape", "n=0"), "n must be at least 1, but is 0"),
         (("run", "--shape", "d=512"), "d must be at most 256"),
         (("run", "--shape", "dtype=fp8"), "bf16, fp16, fp32"),
@@ -177,6 +179,8 @@ def test_doctor_looks_at_the_storage_that_commands_use(cache, tmp_path, monkeypa
     make(tmp_path / "other.db")
     monkeypatch.setenv("SPARSEK_TUNE_STORAGE", str(tmp_path / "other.db"))
     assert database()["level"] == "ok" and f"{tmp_path / 'other.db'}: 1 tuned" in database()["found"]
+    (tmp_path / "other.db").chmod(0o444)  # root could write it all the same, and does not
+    assert database()["level"] == "note" and "read only" in database()["found"]
     monkeypatch.setenv("SPARSEK_TUNE_STORAGE", "postgresql+psycopg://me:secret@127.0.0.1:1/none")
     assert database()["level"] == "broken" and "secret" not in database()["found"]
     monkeypatch.setenv("SPARSEK_TUNE_STORAGE", "mysql://me:secret@host/none")

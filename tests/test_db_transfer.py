@@ -298,6 +298,7 @@ def test_what_a_record_must_hold(record, missing):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
+        ('{"format', "line 2: no JSON: Unterminated string starting at character 2; nothing was taken"),
         ('{"format"', "line 2: no JSON: Expecting ':' delimiter at character 10; nothing was taken"),
         ("", "Expecting|is empty"),
         ("[" * 100_000, "nested too deeply|Expecting"),

@@ -11,8 +11,9 @@ from sparsek_tune import files
 
 def test_writable_or_not_is_known_before(tmp_path):
     for path, kind in ((tmp_path, IsADirectoryError), (tmp_path / "no" / "x.json", FileNotFoundError)):
-        with pytest.raises(kind):
+        with pytest.raises(kind) as error:
             files.check_writable(path)
+        assert error.value.filename == str(path)
     there = tmp_path / "x.json"
     there.write_text("kept")
     files.check_writable(there)

@@ -56,6 +56,7 @@ def test_without_gpu_it_says_so_and_tunes_for_the_target(cache, monkeypatch):
     result = invoke("--model", "llama-3.1-8b", "--shape", "n=4096,k=1024", "--shape", "n=8192", "--effort=quick")
     assert result.exit_code == 0, result.output
     assert "No GPU is used: static tuning for cuda:90" in result.stderr
+    assert "`sparsek-tune resolve --target cuda:90` what is served" in result.stderr
     assert "a message" in result.stderr and "a message" not in result.stdout
     (problems, device, settings) = calls[0]
     assert [p.n for p in problems] == [4096, 8192] and problems[0] == PROBLEM
@@ -92,6 +93,7 @@ def test_failures_end_the_lines_with_what_is_done(cache, monkeypatch, rows, erro
     assert result.exit_code == code and (code == 1 or words in result.stderr)
     plain = invoke("--target", "cuda:90")
     assert plain.exit_code == code and (code == 1 or words in plain.stderr)
+    assert ("speed-up" in plain.stdout) == (code == 5 and bool(rows))
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _FEW_WARPS = 8  # resident warps on an SM below which latency shows
 _LITTLE_STACK = 64  # bytes of spills a thread that do not show
 _MARGIN = 0.9  # the default is left for a config that costs at most this fraction of it
+PATIENCE = 4  # times an effort's timeout: a right config may take two minutes in the interpreter
 PROTOCOL = {"timer": "none", "statistic": "cost model", "verified": "interpreter, small shape, fp16 for bf16"}
 
 
@@ -169,7 +170,7 @@ def _first_right(search: Search, ranked: list[_Ranked], candidates: int) -> Conf
             search.ledger.add(r.config, Measured("static", r.seconds * 1e3, protocol=protocol))
             return r.config
         search.ledger.add(r.config, failed(status, reason, protocol))
-        search.emit("note", f"{status}: {reason}")
+        search.emit("note", f"{r.config.key}: {status}: {reason}")
     return None
 
 

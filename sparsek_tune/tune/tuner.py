@@ -146,7 +146,8 @@ class Run:
         self._raced: list[Search] = []  # whose winners are not settled yet
         self._server = forkserver.take(factory)
         self.pool = CompilePool(factory, jobs, effort.timeout, self._server)
-        self.bench = Bench(factory, "interpret" if device.static else "measure", effort.timeout, self._server)
+        mode, patience = ("interpret", static.PATIENCE) if device.static else ("measure", 1)
+        self.bench = Bench(factory, mode, patience * effort.timeout, self._server)
         # One thread, for one measuring process: the GPU works on while results are recorded and configs proposed.
         self.judge = ThreadPoolExecutor(1, thread_name_prefix="judge")
         self.verified: dict[tuple[str, Config, Problem], tuple[str, str]] = {}  # of static tuning

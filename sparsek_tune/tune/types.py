@@ -18,7 +18,8 @@ class Effort:
     problem, setting up included; sample_seconds: GPU time for timing one config; finalists, race_seconds: size and time
     of the last race; static_trials: configs compiled where there is no GPU; static_finalists: the most of them that are
     verified in the interpreter; timeout: wall seconds for one step (compile, verify, measure) of one candidate, after
-    which it is killed; sampler: a name of ``samplers.SAMPLERS``, chosen by docs/simulation.md.
+    which it is killed (verifying in the interpreter: ``static.PATIENCE`` times that); sampler: a name of
+    ``samplers.SAMPLERS``, chosen by docs/simulation.md.
     """
 
     trials: int

@@ -137,6 +137,8 @@ class Stage:
         match config["fault"]:
             case "wrong":
                 return "out: relative error 1"
+            case "slow to verify":
+                time.sleep(3)
             case "prints":
                 sys.stdout.write("\x00\xff garbage\n" * 100)
                 sys.stdout.flush()

@@ -66,6 +66,12 @@ def test_the_cheapest_right_config_becomes_a_static_winner_without_times(store, 
     assert parts == {"length"}  # the rest is what a GPU would run
 
 
+def test_the_interpreter_may_take_longer_than_a_gpu(store, monkeypatch):
+    monkeypatch.setitem(EFFORTS, "tiny", dataclasses.replace(TINY, timeout=2.0))
+    (row,) = go(store, faults.template(tiles=(32, 32), faults=("slow to verify",)))
+    assert row.config == Config(tile=32, fault="slow to verify") and row.failed == 0
+
+
 def test_the_default_stays_where_nothing_is_clearly_cheaper(store):
     (row,) = go(store, priced(lambda c: 1e9 * (0.95 if c["tile"] == 128 else 1.0), tiles=(16, 128)))
     assert row.config == Config(tile=32, fault="none")
