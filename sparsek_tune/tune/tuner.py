@@ -199,10 +199,11 @@ class Run:
         """Begin to compile what the searches at ``problem`` begin with: those defaults that have no time yet."""
         if self.device.static:
             return
+        won = self.won(problem)
         for template in self._in_order(names):
             search = Search(self, template, problem, lambda least=0.0: least)
             if search.ledger.time(search.default) is None:
-                search.compile_default(search.beside(self.won(problem)), early=True)
+                search.compile_default(search.beside(won), early=True)
 
     def work(self, suite: Suite) -> None:
         """Drive problems of the suite and help where others are, until it is over. Raises StudiesError."""
@@ -263,7 +264,8 @@ class Run:
 
     def _in_order(self, names: Iterable[str]) -> list[Template]:
         """Templates in tuning order."""
-        return [t for t in self.templates.values() if t.name in set(names)]
+        wanted = set(names)
+        return [t for t in self.templates.values() if t.name in wanted]
 
     def board(self, template: Template, problem: Problem) -> Board:
         return Board(self.studies, self.device, template, problem, self.note)
